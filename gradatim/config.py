@@ -1,0 +1,176 @@
+"""Configuration: one TOML file, one frozen tree of dataclasses, one dial first.
+
+``caution`` (low, normal, high) sets every threshold that trades speed of learning for safety; any of them can
+still be set by hand. This module knows nothing of what the values do.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from gradatim.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid")
+Caution = Literal["low", "normal", "high"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    __pydantic_config__ = _STRICT
+    host: str = "127.0.0.1"  # anything but loopback needs an API key
+    port: int = 8080
+    api_key: str = ""  # GRADATIM_API_KEY overrides; empty: no authentication
+    max_body_bytes: int = 8 * 2**20
+    max_queue: int = 256  # requests waiting or running before 429
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    __pydantic_config__ = _STRICT
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: float32 on the CPU, bfloat16 on a GPU
+    device: Literal["cpu", "cuda", "auto"] = "auto"
+    threads: int = 0  # 0: cores - 1, at least 1
+    max_batch: int = 16  # sequences decoded together
+    max_context_tokens: int = 0  # 0: the model's own
+    prefix_cache_tokens: int = 32768  # 0: no prefix cache
+    adapter_slots: int = 8  # adapters in memory at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardConfig:
+    __pydantic_config__ = _STRICT
+    # how much an opinion weighs, by the part of its source before the colon
+    weights: Mapping[str, float] = field(
+        default_factory=lambda: {"human": 1.0, "critic": 1.0, "judge": 0.5, "implicit": 0.25}
+    )
+    abstain_band: float = 0.2  # a mean opinion closer to 0 than this is no opinion
+    min_weight: float = 0.25  # less evidence than this abstains
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerConfig:
+    __pydantic_config__ = _STRICT
+    rank: int = 16
+    alpha: int = 32
+    lr: float = 4e-4
+    beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
+    nll: float = 0.2  # weight of the guard against a chosen answer losing likelihood
+    kl_limit: float = 0.5  # nats a token between candidate and live on replayed prompts, ends an update early
+    epochs: int = 2  # passes over the new examples in one update
+    batch: int = 8  # examples in one gradient step, replay included
+    replay_share: float = 0.5
+    min_examples: int = 4  # an update waits for this many new examples,
+    max_wait_s: float = 20.0  # or until the oldest has waited this long
+    max_examples: int = 32  # new examples in one update
+    max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
+    retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on
+    threads: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateConfig:
+    __pydantic_config__ = _STRICT
+    max_cases: int = 96  # retained examples replayed, newest first within each skill
+    margin: float = 0.05  # share of a skill's retained answers that may be lost
+    alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
+    logprob_margin: float = 0.3  # nats a token
+    max_delta_norm: float = 1.0  # largest ||delta W|| / ||W|| of any layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrafficConfig:
+    __pydantic_config__ = _STRICT
+    canary_share: float = 0.0  # of new episodes, where an adapter is in canary
+    holdback_share: float = 0.0  # of new episodes that stay on the last adapter before the live one
+    refresh_s: float = 0.05  # how often the server looks for a changed stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopConfig:
+    __pydantic_config__ = _STRICT
+    poll_s: float = 0.25
+    settle_s: float = 2.0  # an episode without a final outcome is judged this long after its newest feedback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything that can be set. ``gradatim config`` prints it with where each value came from."""
+
+    __pydantic_config__ = _STRICT
+    name: str = "agent"  # the model name clients ask for
+    model: str = "smollm2"  # or a path or hub id of any transformers causal LM
+    data_dir: Path = Path("gradatim-data")
+    caution: Caution = "normal"
+    learn: bool = True  # false: serve and record only
+    server: ServerConfig = field(default_factory=ServerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+
+
+_DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
+    "low": {"gate": {"margin": 0.10, "alpha": 0.02, "logprob_margin": 0.6}, "learner": {"lr": 6e-4, "kl_limit": 1.0}},
+    "normal": {},
+    "high": {
+        "gate": {"margin": 0.02, "alpha": 0.10, "logprob_margin": 0.15},
+        "learner": {"lr": 1.5e-4, "kl_limit": 0.2},
+        "reward": {"abstain_band": 0.4},
+    },
+}
+
+
+def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _environment(env: Mapping[str, str]) -> dict[str, Any]:
+    return {"server": {"api_key": env["GRADATIM_API_KEY"]}} if env.get("GRADATIM_API_KEY") else {}
+
+
+def load(
+    path: Path | None = None, overrides: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None
+) -> Config:
+    """The effective configuration: defaults < caution dial < file < environment < overrides. ConfigError."""
+    try:
+        file = tomllib.loads(path.read_text()) if path else {}
+    except OSError as e:
+        raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}") from e
+    given = _merge(_merge(file, _environment(os.environ if env is None else env)), overrides or {})
+    caution = given.get("caution", "normal")
+    if caution not in _DIAL:
+        raise ConfigError(f"caution: {caution!r} is not one of {', '.join(_DIAL)}")
+    try:
+        return TypeAdapter(Config).validate_python(_merge(_DIAL[caution], given))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(p) for p in first["loc"]) or "the top level"
+        raise ConfigError(f"{path or 'configuration'}: {where}: {first['msg']}") from e
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"learner.lr": 4e-4, ...}``, secrets masked, for printing."""
+    out: dict[str, Any] = {}
+    for key, value in (asdict(config) if is_dataclass(config) and not isinstance(config, type) else config).items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and key != "weights":
+            out |= flatten(value, name + ".")
+        else:
+            out[name] = "***" if key == "api_key" and value else value
+    return out

@@ -1,0 +1,46 @@
+"""One reward for an episode -> one advantage per step.
+
+Evidence about a step comes first: a correction, then scores of that step. A step without its own evidence shares the
+episode's outcome: in full when it was good, 1/S of it when it was bad (one slip among S steps spoils an episode), and
+nothing of a failure that corrections already explain. Knows nothing of tokens; assigns nothing over time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from gradatim.config import RewardConfig
+from gradatim.opinions import weigh
+from gradatim.types import Case, Credit, Reward, Step
+
+
+class OutcomeCredit:
+    """Step evidence first, the episode's outcome for the rest."""
+
+    def __init__(self, config: RewardConfig, *, clock: Callable[[], float] = time.time) -> None:
+        self._config = config
+        self._clock = clock
+
+    def assign(self, case: Case, reward: Reward) -> Credit:
+        shares = [self._share(step, case, reward.value or 0.0) for step in case.episode.steps]
+        return Credit(
+            episode_id=case.episode.id,
+            created_at=self._clock(),
+            step_ids=tuple(step.id for step in case.episode.steps),
+            advantages=tuple(a for a, _ in shares),
+            methods=tuple(m for _, m in shares),
+            position=case.position,
+        )
+
+    def _share(self, step: Step, case: Case, value: float) -> tuple[float, str]:
+        own = [f for f in case.feedback if f.step_id == step.id]
+        if any(f.kind == "correction" for f in own):
+            return -1.0, "correction"
+        mean, _ = weigh((f for f in own if f.kind == "score"), self._config)
+        if mean is not None:
+            return (mean if abs(mean) >= self._config.abstain_band else 0.0), "score"
+        if value >= 0.0:
+            return value, "outcome"
+        corrected = any(f.kind == "correction" for f in case.feedback)
+        return (0.0 if corrected else value / len(case.episode.steps)), "outcome"

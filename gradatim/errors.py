@@ -1,0 +1,71 @@
+"""Every error this package raises on purpose.
+
+GradatimError
+  ConfigError (ValueError)          the configuration cannot be used as written
+  InUseError (RuntimeError)         another server holds this data directory, or the port is taken
+  EngineError (RuntimeError)        generation failed
+    PromptTooLongError (ValueError) the prompt leaves no room in the context window
+    OverloadedError                 the queue is full; try again later
+    UnknownAdapterError (KeyError)  that adapter is not loaded or does not exist
+    ModelError                      the base model cannot be loaded
+  StoreError (RuntimeError)         a record could not be read or written
+    TransitionError                 an adapter may not move between those two stages
+    ConflictError                   this id was already used for another target
+  LearnerError (RuntimeError)       an update could not be made; serving is unaffected
+    AdapterError                    an adapter's files are missing or do not match their digest
+"""
+
+
+class GradatimError(Exception):
+    """Base of the tree: catch this to catch everything that is raised on purpose."""
+
+
+class ConfigError(GradatimError, ValueError):
+    """The configuration cannot be used as written."""
+
+
+class InUseError(GradatimError, RuntimeError):
+    """Another server holds this data directory, or the port is taken."""
+
+
+class EngineError(GradatimError, RuntimeError):
+    """Generation failed."""
+
+
+class PromptTooLongError(EngineError, ValueError):
+    """The prompt leaves no room in the context window."""
+
+
+class OverloadedError(EngineError):
+    """The queue is full; the request may be retried."""
+
+
+class UnknownAdapterError(EngineError, KeyError):
+    """That adapter is not loaded, or does not exist."""
+
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0]) if self.args else ""
+
+
+class ModelError(EngineError):
+    """The base model cannot be loaded."""
+
+
+class StoreError(GradatimError, RuntimeError):
+    """A record could not be read or written."""
+
+
+class TransitionError(StoreError):
+    """An adapter may not move between those two stages."""
+
+
+class ConflictError(StoreError):
+    """This id was already used for another target."""
+
+
+class LearnerError(GradatimError, RuntimeError):
+    """An update could not be made; serving is unaffected."""
+
+
+class AdapterError(LearnerError):
+    """An adapter's files are missing, or do not match their digest."""

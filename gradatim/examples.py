@@ -1,0 +1,144 @@
+"""A judged episode -> training examples: pairs, answers to imitate, answers to avoid.
+
+What is said of a step outranks what is said of its episode: correction > preference > score > outcome. An answer whose
+state (exact prompt tokens) also has an answer of the opposite worth becomes a pair. Prompts and sampled answers are
+the captured tokens; only a correction, which nobody sampled, is tokenised. Knows nothing of losses or batches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from gradatim.protocols import Store, Tokenizer
+from gradatim.types import Case, Credit, Example, Feedback, Reward, Step
+
+_SAME_WEIGHT = 0.5  # a revision that moves a weight by less is not worth training on again
+
+
+def state_of(prompt_ids: Sequence[int]) -> str:
+    """Digest of the exact prompt tokens."""
+    return hashlib.sha256(array("i", prompt_ids).tobytes()).hexdigest()[:32]
+
+
+def is_withdrawn(example: Example) -> bool:
+    """The newest revision of a step whose feedback was retracted: nothing is left to learn."""
+    return not example.chosen_ids and not example.rejected_ids
+
+
+class ExampleBuilder:
+    """Stateless but for the store, where it looks up other answers to the same state and earlier revisions."""
+
+    def __init__(
+        self, store: Store, tokenizer: Tokenizer, *, retain_every: int = 4, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._tokenizer = tokenizer
+        self._retain_every = retain_every
+        self._clock = clock
+
+    def build(self, case: Case, reward: Reward, credit: Credit) -> Sequence[Example]:
+        """New and changed examples of the episode; unchanged ones are left out, lost ones are withdrawn."""
+        advantage = dict(zip(credit.step_ids, credit.advantages, strict=True))
+        method = dict(zip(credit.step_ids, credit.methods, strict=True))
+        verified = (reward.value or 0.0) > 0.0 and any(f.kind == "outcome" for f in case.feedback)
+        earlier = self._earlier(case)
+        out = []
+        for step in case.episode.steps:
+            if not step.trainable or step.finish_reason == "aborted":
+                continue
+            example = self._example(step, case, advantage.get(step.id, 0.0), method.get(step.id, ""), verified)
+            previous = earlier.get(step.id)
+            if example is None and previous is not None and not is_withdrawn(previous):
+                example = replace(self._blank(step, case), origin="withdrawn")
+            if example is not None and not _unchanged(previous, example):
+                out.append(example)
+        return out
+
+    def _earlier(self, case: Case) -> dict[str, Example]:
+        return {e.step_id: e for _, e in self._store.read(Example, episode_id=case.episode.id)}
+
+    def _example(self, step: Step, case: Case, advantage: float, method: str, verified: bool) -> Example | None:
+        blank = replace(self._blank(step, case), verified=verified)
+        correction = _newest(case, "correction", step)
+        if correction is not None:
+            return self._corrected(blank, step, correction)
+        preference = _newest(case, "preference", step)
+        if preference is not None:
+            return self._preferred(blank, step, preference)
+        if advantage == 0.0 or not step.completion_ids:
+            return None
+        weighed = replace(blank, weight=min(1.0, abs(advantage)))
+        if advantage > 0.0:
+            origin = "success" if method == "outcome" else "score"
+            good = replace(weighed, chosen_ids=step.completion_ids, origin=origin)
+            return self._retain(self._pair(good, bad=False))
+        return self._pair(replace(weighed, rejected_ids=step.completion_ids, origin="failure"), bad=True)
+
+    def _blank(self, step: Step, case: Case) -> Example:
+        return Example(
+            id=f"{step.id}#{case.position}",
+            created_at=self._clock(),
+            episode_id=step.episode_id,
+            step_id=step.id,
+            prompt_ids=step.prompt_ids,
+            origin="",
+            skill=step.skill,
+            state=state_of(step.prompt_ids),
+            feedback_ids=tuple(f.id for f in case.feedback if f.step_id in (None, step.id)),
+            user=step.user,
+            position=case.position,
+        )
+
+    def _corrected(self, blank: Example, step: Step, feedback: Feedback) -> Example:
+        """The correction is chosen over the answer; where both say the same, it is simply confirmed."""
+        chosen = self._tokenizer.completion_ids(feedback.correction)
+        same = feedback.correction.strip() == step.text.strip()
+        rejected = () if same else step.completion_ids
+        return replace(blank, chosen_ids=chosen, rejected_ids=rejected, origin="correction")
+
+    def _preferred(self, blank: Example, step: Step, feedback: Feedback) -> Example | None:
+        loser = self._store.step(id=feedback.rejected_id) if feedback.rejected_id else None
+        if loser is None or loser.completion_ids == step.completion_ids:
+            return None
+        return replace(
+            blank,
+            chosen_ids=step.completion_ids,
+            rejected_ids=loser.completion_ids,
+            origin="preference",
+            weight=feedback.confidence or 1.0,
+        )
+
+    def _pair(self, example: Example, *, bad: bool) -> Example:
+        """Complete a lone answer with the newest answer of the opposite worth to the same state, if there is one."""
+        for _, other in reversed(self._store.read(Example, state=example.state)):
+            if other.step_id == example.step_id:
+                continue
+            if bad and other.chosen_ids and other.chosen_ids != example.rejected_ids:
+                return replace(example, chosen_ids=other.chosen_ids)
+            if not bad and other.rejected_ids and other.rejected_ids != example.chosen_ids:
+                return replace(example, rejected_ids=other.rejected_ids)
+        return example
+
+    def _retain(self, example: Example) -> Example:
+        """One in ``retain_every`` states with a verified good answer is kept for the gate. By state, so that it can
+        never be trained on through another episode."""
+        kept = self._retain_every > 0 and int(example.state[:8], 16) % self._retain_every == 0
+        return replace(example, retained=True) if kept and example.verified else example
+
+
+def _newest(case: Case, kind: str, step: Step) -> Feedback | None:
+    found = [f for f in case.feedback if f.kind == kind and f.step_id == step.id]
+    return max(found, key=lambda f: f.created_at, default=None)
+
+
+def _unchanged(previous: Example | None, example: Example) -> bool:
+    return (
+        previous is not None
+        and previous.chosen_ids == example.chosen_ids
+        and previous.rejected_ids == example.rejected_ids
+        and abs(previous.weight - example.weight) < _SAME_WEIGHT
+    )

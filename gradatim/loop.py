@@ -1,0 +1,168 @@
+"""The learning loop: everything that happens between a user's thumb and a better model.
+
+    Feedback -> Reward -> Credit -> Example -> Update -> Adapter -> Verdict -> Move
+
+It knows no concrete class, only protocols, and keeps no state but cursors in the store: it may be killed at any point
+and started again. One candidate at a time is on its way up, or the learner would run ahead of what the gates judge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gradatim.config import LearnerConfig, LoopConfig
+from gradatim.errors import StoreError
+from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
+from gradatim.types import (
+    ON_THE_WAY,
+    Adapter,
+    AdapterId,
+    Case,
+    Decision,
+    Example,
+    Move,
+    Record,
+    Stage,
+    Verdict,
+)
+
+JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
+LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """``gates``: what an adapter in a stage must pass, in order, to move to that stage's entry in ``path``."""
+
+    name: str
+    store: Store
+    reward_model: RewardModel
+    credit: CreditAssigner
+    examples: ExampleBuilder
+    replay: Replay
+    learner: Learner
+    gates: Mapping[Stage, Sequence[Gate]]
+    path: Mapping[Stage, Stage] = field(default_factory=lambda: {Stage.CANDIDATE: Stage.LIVE})
+    config: LoopConfig = field(default_factory=LoopConfig)
+    learning: LearnerConfig = field(default_factory=LearnerConfig)
+    clock: Callable[[], float] = time.time
+
+    def turn(self, *, flush: bool = False) -> bool:
+        """Judge what is new, decide on the adapter on its way up, or else learn. True if anything was done.
+
+        ``flush`` waits for nothing: neither for an episode to settle nor for a batch to fill.
+        """
+        judged = self.judge(flush=flush)
+        candidate = self._on_the_way()
+        if candidate is not None:
+            return self.decide(*candidate) or judged
+        return self.learn(flush=flush) or judged
+
+    # ------------------------------------------------------------------ feedback -> examples
+
+    def judge(self, *, flush: bool = False) -> bool:
+        """Every episode that feedback touched gets a reward (or an abstention), credit and examples, in one write."""
+        worked = False
+        while cases := self.store.cases(after=self.store.cursor(JUDGED)):
+            for case in cases:
+                if not (flush or self._settled(case)):
+                    return worked
+                self.store.append(*self._judgement(case), cursors={JUDGED: case.position})
+                worked = True
+        return worked
+
+    def _settled(self, case: Case) -> bool:
+        """It has an outcome, or its newest feedback has been the last for a while."""
+        final = any(f.kind == "outcome" for f in case.feedback)
+        return final or self.clock() - case.touched_at >= self.config.settle_s
+
+    def _judgement(self, case: Case) -> Sequence[Record]:
+        reward = self.reward_model.score(case)
+        if reward.value is None and case.feedback:
+            return [reward]  # an abstention is a fact, and never trained on
+        credit = self.credit.assign(case, reward)
+        return [reward, credit, *self.examples.build(case, reward, credit)]
+
+    # ------------------------------------------------------------------ examples -> candidate
+
+    def waiting(self) -> tuple[int, Sequence[Example]]:
+        """(cursor after them, the examples that the next update would learn from)."""
+        rows = self.store.read(Example, after=self.store.cursor(LEARNED), limit=4 * self.learning.max_examples)
+        newest: dict[str, Example] = {}
+        cursor = 0
+        for position, example in rows:
+            usable = not example.retained and bool(example.chosen_ids or example.rejected_ids)
+            if usable and example.step_id not in newest and len(newest) == self.learning.max_examples:
+                break
+            cursor = position
+            newest.pop(example.step_id, None)
+            if usable:
+                newest[example.step_id] = example
+        return cursor, list(newest.values())
+
+    def learn(self, *, flush: bool = False) -> bool:
+        """One update from what waits, if there is enough of it."""
+        cursor, examples = self.waiting()
+        if not examples or not (flush or self._ready(examples)):
+            return False
+        live = self._adapter(self._live())
+        share = self.learning.replay_share
+        wanted = round(len(examples) * share / (1.0 - share)) if share < 1.0 else 0
+        replay = self.replay.draw(wanted, exclude=frozenset(e.id for e in examples))
+        step = 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
+        update, adapter = self.learner.update(examples, replay, live, step)
+        made: list[Record] = [update] if adapter is None else [update, adapter]
+        self.store.append(*made, cursors={LEARNED: cursor})
+        return True
+
+    def _ready(self, examples: Sequence[Example]) -> bool:
+        waited_s = self.clock() - min(e.created_at for e in examples)
+        return len(examples) >= self.learning.min_examples or waited_s >= self.learning.max_wait_s
+
+    # ------------------------------------------------------------------ candidate -> live, or not
+
+    def decide(self, adapter: Adapter, stage: Stage) -> bool:
+        """Ask the gates of its stage in order; the first that does not pass decides."""
+        live = self._live()
+        anchor = AdapterId(f"{self.name}@0")
+        verdicts: list[Verdict] = []
+        for gate in self.gates.get(stage, ()):
+            verdicts.append(gate.check(adapter, self._adapter(live), self._adapter(anchor)))
+            if verdicts[-1].decision is not Decision.PASS:
+                break
+        decision = verdicts[-1].decision if verdicts else Decision.FAIL  # no gate, no evidence: it does not move
+        reason = verdicts[-1].reason if verdicts else f"no gate is set for stage {stage}"
+        if decision is Decision.WAIT:
+            return False
+        after = self.path[stage] if decision is Decision.PASS else Stage.REJECTED
+        moves = [self._move(adapter.id, stage, after, reason)]
+        if after is Stage.LIVE:
+            moves.insert(0, self._move(live, Stage.LIVE, Stage.RETIRED, f"replaced by {adapter.id}"))
+        self.store.move(*moves, verdicts=verdicts)
+        return True
+
+    def _move(self, adapter_id: AdapterId, before: Stage, after: Stage, reason: str) -> Move:
+        return Move(
+            adapter_id=adapter_id, created_at=self.clock(), before=before, after=after, actor="loop", reason=reason
+        )
+
+    # ------------------------------------------------------------------ look-ups
+
+    def _on_the_way(self) -> tuple[Adapter, Stage] | None:
+        for adapter_id, stage in self.store.stages(self.name).items():
+            if stage in ON_THE_WAY:
+                return self._adapter(adapter_id), stage
+        return None
+
+    def _live(self) -> AdapterId:
+        for adapter_id, stage in self.store.stages(self.name).items():
+            if stage is Stage.LIVE:
+                return adapter_id
+        raise StoreError(f"{self.name} has no live adapter: start `gradatim serve` on this data directory once")
+
+    def _adapter(self, adapter_id: AdapterId) -> Adapter:
+        for _, adapter in self.store.read(Adapter, id=adapter_id):
+            return adapter
+        raise StoreError(f"{adapter_id} has a stage but no record")

@@ -1,0 +1,159 @@
+"""The seams. Each part is known to the others by one of these, and by nothing else.
+
+To bring your own, write a class with these methods (no base class is needed), check it with
+``gradatim.testing.check_<seam>``, and build it in your own composition root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Protocol, TypeVar
+
+from gradatim.types import (
+    Adapter,
+    AdapterId,
+    Case,
+    CaseScore,
+    Credit,
+    Delta,
+    Episode,
+    EpisodeId,
+    Example,
+    Feedback,
+    Move,
+    Record,
+    Request,
+    Reward,
+    Route,
+    Stage,
+    Started,
+    Step,
+    StepId,
+    Update,
+    Verdict,
+)
+
+R = TypeVar("R", bound=Record)
+
+
+class Engine(Protocol):
+    """Turns a request into tokens under a named adapter. Holds the base model and any number of adapters."""
+
+    def generate(self, request: Request, adapter_id: AdapterId) -> AsyncIterator[Started | Delta]:
+        """``Started`` first, then deltas; every choice ends with one that has a finish reason.
+
+        Closing the iterator early aborts the generation. Raises PromptTooLongError, OverloadedError or
+        UnknownAdapterError before the first event.
+        """
+
+    async def load(self, adapter: Adapter) -> None:
+        """Make it ready to answer, without a pause for others. Loading it twice does nothing. AdapterError."""
+
+    async def unload(self, adapter_id: AdapterId) -> None:
+        """Give its memory back as soon as the last generation on it has ended."""
+
+    def loaded(self) -> frozenset[AdapterId]: ...
+
+
+class Store(Protocol):
+    """An append-only log of records with one global position, named cursors, and each adapter's stage."""
+
+    def submit(self, *records: Record, cursors: Mapping[str, int] | None = None) -> Future[int]:
+        """Write all records and cursors in one transaction; the future gives the last position once it is durable.
+
+        Many callers share one fsync. A Feedback whose id stands for another target fails with ConflictError; one
+        that equals the newest revision of its id is not written again. An Adapter is registered as a candidate
+        (step 0 as live), with its Move.
+        """
+
+    def append(self, *records: Record, cursors: Mapping[str, int] | None = None) -> int:
+        """``submit`` and wait."""
+
+    def read(self, kind: type[R], *, after: int = 0, limit: int = 1000, **where: str) -> Sequence[tuple[int, R]]:
+        """Records of a kind past a position, oldest first; ``where`` compares indexed columns (id, episode_id, ...)."""
+
+    def episode(self, episode_id: EpisodeId) -> Episode | None: ...
+
+    def step(self, *, id: StepId | None = None, chain_key: str | None = None) -> Step | None:
+        """The step of that response id, or the newest one with that chain key."""
+
+    def cases(self, *, after: int = 0, limit: int = 100) -> Sequence[Case]:
+        """Episodes with new feedback past a position, in the order of their newest feedback."""
+
+    def cursor(self, name: str) -> int:
+        """0 where it was never set."""
+
+    def stages(self, name: str) -> Mapping[AdapterId, Stage]: ...
+
+    def move(self, *moves: Move, verdicts: Sequence[Verdict] = (), cursors: Mapping[str, int] | None = None) -> None:
+        """Change stages, with what justified it, all or nothing. TransitionError when the table or the rule of one
+        live adapter per name forbids it, or when ``before`` is no longer the stage."""
+
+
+class Router(Protocol):
+    """Chooses the weights for a request: live, canary or holdback by a coin per episode; or the one that was named."""
+
+    async def route(self, model: str, episode_id: EpisodeId) -> Route:
+        """The adapter is loaded when this returns. UnknownAdapterError where the model or version does not exist."""
+
+
+class Critic(Protocol):
+    """Judges an episode by program: unit tests, a schema, another model. Not a value function."""
+
+    def __call__(self, episode: Episode) -> Feedback | None: ...
+
+
+class RewardModel(Protocol):
+    """Weighs all the feedback on an episode into one reward, or abstains."""
+
+    def score(self, case: Case) -> Reward: ...
+
+
+class CreditAssigner(Protocol):
+    """Shares an episode's reward out over its steps."""
+
+    def assign(self, case: Case, reward: Reward) -> Credit: ...
+
+
+class ExampleBuilder(Protocol):
+    """Makes training examples of a judged episode."""
+
+    def build(self, case: Case, reward: Reward, credit: Credit) -> Sequence[Example]: ...
+
+
+class Tokenizer(Protocol):
+    """What examples need to know of tokens: how a corrected answer would have been generated."""
+
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of an answer, with the end-of-turn token."""
+
+
+class Replay(Protocol):
+    """Old examples that went into live adapters, to be trained on again."""
+
+    def draw(self, n: int, *, exclude: frozenset[str] = frozenset()) -> Sequence[Example]: ...
+
+
+class Learner(Protocol):
+    """Makes a new adapter out of its parent and some examples. Keeps no state that the parent's files do not hold,
+    so that a rollback, a restart and a refusal need nothing undone."""
+
+    def update(
+        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
+    ) -> tuple[Update, Adapter | None]:
+        """A refused update comes back with its reason and no adapter. LearnerError where it broke."""
+
+
+class Scorer(Protocol):
+    """How well an adapter gives the chosen answers of examples, teacher-forced."""
+
+    def score(self, adapter: Adapter, examples: Sequence[Example]) -> Sequence[CaseScore]: ...
+
+
+class Gate(Protocol):
+    """Decides whether a candidate may move on. What is not positively decided does not move."""
+
+    name: str
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict: ...

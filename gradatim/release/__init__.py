@@ -1,0 +1,1 @@
+"""Which weights answer whom: routing, and the gates a candidate has to pass."""

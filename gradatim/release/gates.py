@@ -1,0 +1,180 @@
+"""The gates that a candidate passes before it goes live: static checks, then paired replay.
+
+What is not positively decided does not move on. Replay compares the candidate with the live adapter and with the
+anchor on the same retained examples (pairs need 25 times fewer cases than a split of traffic), skill by skill, so
+that no skill pays for another. Knows nothing of tensors: a Scorer tells how well an adapter gives a known good answer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from gradatim.config import GateConfig
+from gradatim.errors import AdapterError
+from gradatim.protocols import Scorer, Store
+from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
+
+
+class StaticGate:
+    """Its files match their digest, it descends from the live adapter, its update was finite and small."""
+
+    name = "static"
+
+    def __init__(
+        self, store: Store, scorer: Scorer, config: GateConfig, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._scorer, self._config, self._clock = store, scorer, config, clock
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        metrics = self._metrics(candidate)
+        problem = self._problem(candidate, live, metrics)
+        return Verdict(
+            adapter_id=candidate.id,
+            created_at=self._clock(),
+            gate=self.name,
+            decision=Decision.FAIL if problem else Decision.PASS,
+            against=(live.id,),
+            evidence={k: v for k, v in metrics.items() if math.isfinite(v)},
+            reason=problem or "digest, lineage, finiteness and size are in order",
+        )
+
+    def _metrics(self, candidate: Adapter) -> Mapping[str, float]:
+        found = self._store.read(Update, id=candidate.update_id)
+        return found[-1][1].metrics if found else {}
+
+    def _problem(self, candidate: Adapter, live: Adapter, metrics: Mapping[str, float]) -> str:
+        if candidate.parent_id != live.id:
+            return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+        if not metrics:
+            return f"the update {candidate.update_id or '(none)'} that made it is not on record"
+        bad = [k for k, v in metrics.items() if not math.isfinite(v)]
+        if bad:
+            return f"not finite: {', '.join(sorted(bad))}"
+        if metrics.get("delta_norm", 0.0) > self._config.max_delta_norm:
+            return f"its weights moved by {metrics['delta_norm']:.2f} of the base's norm"
+        try:
+            self._scorer.score(candidate, [])
+        except AdapterError as e:
+            return str(e)
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """How two adapters do on the same N cases."""
+
+    n: int
+    lost: int  # the reference gives the good answer, the candidate does not
+    won: int
+    logprob: float  # mean difference of the good answer's log-probability, nats a token
+
+    @staticmethod
+    def of(candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
+        both = list(zip(candidate, reference, strict=True))
+        return Pairs(
+            n=len(both),
+            lost=sum(r.greedy and not c.greedy for c, r in both),
+            won=sum(c.greedy and not r.greedy for c, r in both),
+            logprob=sum(c.logprob - r.logprob for c, r in both) / max(1, len(both)),
+        )
+
+    @property
+    def p_value(self) -> float:
+        """Exact sign test: the chance of as many losses among the changed cases if losing and winning were alike."""
+        changed = self.lost + self.won
+        return float(stats.binomtest(self.lost, changed, 0.5, alternative="greater").pvalue) if changed else 1.0
+
+
+def harm(pairs: Pairs, config: GateConfig) -> str:
+    """Why the candidate is worse than the reference on these cases, or nothing."""
+    net = pairs.lost - pairs.won
+    if net > max(1.0, config.margin * pairs.n):
+        return f"{net} of {pairs.n} known good answers lost"
+    if pairs.lost > pairs.won and pairs.p_value < config.alpha:
+        return f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
+    if pairs.logprob < -config.logprob_margin:
+        return f"good answers lost {-pairs.logprob:.2f} nats a token"
+    return ""
+
+
+class ReplayGate:
+    """Paired replay on retained cases, and on verified ones already trained on, against live and anchor."""
+
+    name = "replay"
+
+    def __init__(
+        self, store: Store, scorer: Scorer, config: GateConfig, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store, self._scorer, self._config, self._clock = store, scorer, config, clock
+        self._cases: dict[str, Example] = {}  # by step: the newest revision
+        self._seen = 0  # store position
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        cases = self.cases(exclude=self._trained_by(candidate))
+        evidence: dict[str, float] = {"cases": len(cases)}
+        reasons = []
+        if cases:
+            scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
+            for reference in {live.id, anchor.id}:
+                label = "live" if reference == live.id else "anchor"
+                for skill, rows in _by_skill(cases).items():
+                    pairs = Pairs.of([scores[candidate.id][i] for i in rows], [scores[reference][i] for i in rows])
+                    evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
+                    if problem := harm(pairs, self._config):
+                        reasons.append(f"{skill} against {label}: {problem}")
+        return Verdict(
+            adapter_id=candidate.id,
+            created_at=self._clock(),
+            gate=self.name,
+            decision=Decision.FAIL if reasons else Decision.PASS,
+            against=(live.id, anchor.id),
+            evidence=evidence,
+            reason="; ".join(reasons) or self._passed(cases),
+        )
+
+    def _passed(self, cases: Sequence[Example]) -> str:
+        if not cases:
+            return "no verified good answers yet to compare on: the static checks carry the decision"
+        return f"no skill worse than live or anchor on {len(cases)} known good answers"
+
+    def cases(self, exclude: frozenset[str] = frozenset()) -> Sequence[Example]:
+        """Verified good answers: retained ones first, newest first, an equal share for each skill.
+
+        ``exclude`` are the examples of the very update under test: it must not be its own witness.
+        """
+        self._refresh()
+        skills: dict[str, list[Example]] = defaultdict(list)
+        for example in sorted(self._cases.values(), key=lambda e: (not e.retained, -e.position, e.id)):
+            if example.id not in exclude:
+                skills[example.skill].append(example)
+        share = self._config.max_cases // max(1, len(skills))
+        return [e for _, found in sorted(skills.items()) for e in found[: max(1, share)]]
+
+    def _refresh(self) -> None:
+        while page := self._store.read(Example, after=self._seen):
+            self._seen = page[-1][0]
+            for _, example in page:
+                self._cases.pop(example.step_id, None)
+                if example.verified and example.chosen_ids:
+                    self._cases[example.step_id] = example
+
+    def _trained_by(self, candidate: Adapter) -> frozenset[str]:
+        found = self._store.read(Update, id=candidate.update_id)
+        return frozenset(found[-1][1].example_ids) if found else frozenset()
+
+
+def _by_skill(cases: Sequence[Example]) -> Mapping[str, list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for i, case in enumerate(cases):
+        rows[case.skill].append(i)
+    return rows
+
+
+def _numbers(pairs: Pairs) -> dict[str, float]:
+    return {"n": pairs.n, "lost": pairs.lost, "won": pairs.won, "logprob": round(pairs.logprob, 4)}

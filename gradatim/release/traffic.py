@@ -1,0 +1,179 @@
+"""Which weights answer a request, and the moves that change it.
+
+A coin per episode, never per request or per user: an episode keeps the adapter it began with as long as that one may
+still answer. Stages are read from the store, so that the learning process and the command line need no channel to the
+server: this module polls them, loads a newly live adapter, and only then turns to it. Knows nothing of HTTP or tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from gradatim.config import Config, TrafficConfig
+from gradatim.errors import GradatimError, TransitionError, UnknownAdapterError
+from gradatim.protocols import Engine, Store
+from gradatim.types import Adapter, AdapterId, EpisodeId, Move, Route, Stage
+
+log = logging.getLogger(__name__)
+
+_ANSWERS = (Stage.LIVE, Stage.CANARY, Stage.RETIRED)  # may go on answering an episode it began
+_MAX_PINS = 10_000
+
+
+class Traffic:
+    """Implements Router."""
+
+    def __init__(self, store: Store, engine: Engine, config: Config) -> None:
+        self._store, self._engine = store, engine
+        self._name: str = config.name
+        self._config: TrafficConfig = config.traffic
+        self._adapters: dict[AdapterId, Adapter] = {}
+        self._stages: Mapping[AdapterId, Stage] = {}
+        self._live: AdapterId | None = None
+        self._seen = 0  # store position
+        self._pins: OrderedDict[EpisodeId, AdapterId] = OrderedDict()
+        self._refreshing = asyncio.Lock()
+        self.failed_loads = 0
+
+    @property
+    def live(self) -> AdapterId | None:
+        """The adapter that new episodes go to; None before the first refresh."""
+        return self._live
+
+    async def route(self, model: str, episode_id: EpisodeId) -> Route:
+        if model == self._name:
+            adapter_id, propensity = self._choose(episode_id)
+            stage: str = self._stages[adapter_id]
+        else:
+            adapter_id, propensity, stage = AdapterId(model), 1.0, "pinned"
+        adapter = await self._find(adapter_id, model)
+        if adapter_id not in self._engine.loaded():
+            await self._engine.load(adapter)
+        return Route(adapter_id=adapter.id, adapter_sha256=adapter.sha256, stage=stage, propensity=propensity)
+
+    def _choose(self, episode_id: EpisodeId) -> tuple[AdapterId, float]:
+        if self._live is None:
+            raise UnknownAdapterError(f"{self._name} has no live adapter yet: the server is still starting")
+        pinned = self._pins.get(episode_id)
+        if pinned is not None and self._stages.get(pinned) in _ANSWERS and pinned in self._engine.loaded():
+            self._pins.move_to_end(episode_id)
+            return pinned, 1.0
+        chosen, propensity = self._toss(episode_id, self._live)
+        self._pins[episode_id] = chosen
+        if len(self._pins) > _MAX_PINS:
+            self._pins.popitem(last=False)
+        return chosen, propensity
+
+    def _toss(self, episode_id: EpisodeId, live: AdapterId) -> tuple[AdapterId, float]:
+        """Arms and shares are ordered, so that the same episode gets the same arm while these stay as they are."""
+        canary = next((a for a, s in self._stages.items() if s is Stage.CANARY), None)
+        previous = self._before(live)
+        arms = [(canary, self._config.canary_share), (previous, self._config.holdback_share)]
+        coin = int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
+        left = 1.0
+        for arm, share in arms:
+            if arm is None or share <= 0.0:
+                continue
+            if coin < share:
+                return arm, share
+            coin -= share
+            left -= share
+        return live, left
+
+    def _before(self, live: AdapterId) -> AdapterId | None:
+        parent = self._adapters[live].parent_id
+        return parent if parent is not None and self._stages.get(parent) is Stage.RETIRED else None
+
+    async def _find(self, adapter_id: AdapterId, model: str) -> Adapter:
+        if adapter_id not in self._adapters:
+            await self.refresh()
+        if adapter_id not in self._adapters:
+            raise UnknownAdapterError(f"no model {model!r}: use {self._name!r}, or {self._name}@STEP for one version")
+        return self._adapters[adapter_id]
+
+    async def refresh(self) -> None:
+        """Look at the stages; load what became live before turning to it. A failed load keeps the old one."""
+        async with self._refreshing:
+            for position, adapter in await asyncio.to_thread(self._store.read, Adapter, after=self._seen):
+                self._seen = position
+                self._adapters[adapter.id] = adapter
+            stages = await asyncio.to_thread(self._store.stages, self._name)
+            for adapter_id, stage in stages.items():
+                if stage in (Stage.LIVE, Stage.CANARY) and adapter_id not in self._engine.loaded():
+                    await self._engine.load(self._adapters[adapter_id])
+            self._stages = stages
+            self._live = next((a for a, s in stages.items() if s is Stage.LIVE), self._live)
+            for adapter_id in self._engine.loaded():
+                if stages.get(adapter_id) in (Stage.REJECTED, Stage.ROLLED_BACK):
+                    await self._engine.unload(adapter_id)
+
+    async def watch(self) -> None:
+        """Refresh for ever. An adapter that cannot be loaded is logged and counted, and the old one goes on."""
+        while True:
+            try:
+                await self.refresh()
+            except GradatimError as e:
+                self.failed_loads += 1
+                log.error("the stages could not be followed: %s", e)
+                await asyncio.sleep(1.0)
+            await asyncio.sleep(self._config.refresh_s)
+
+
+def rollback(store: Store, name: str, to: AdapterId | None = None, *, actor: str, reason: str = "") -> AdapterId:
+    """Take the live adapter back to ``to`` (default: the newest ancestor that was live). Needs no statistics."""
+    stages = store.stages(name)
+    adapters = {a.id: a for _, a in store.read(Adapter, limit=1_000_000)}
+    live = _live(stages, name)
+    target = to or _ancestor(adapters, stages, live)
+    if target is None:
+        raise TransitionError(f"{live} is the first adapter of {name}: there is nothing to roll back to")
+    _swap(store, stages, live, target, Stage.ROLLED_BACK, actor, reason or "rolled back")
+    return target
+
+
+def promote(store: Store, name: str, to: AdapterId, *, actor: str, reason: str = "") -> AdapterId:
+    """Put an adapter live by hand, past the gates that are left."""
+    stages = store.stages(name)
+    _swap(store, stages, _live(stages, name), to, Stage.RETIRED, actor, reason or "promoted by hand")
+    return to
+
+
+def _live(stages: Mapping[AdapterId, Stage], name: str) -> AdapterId:
+    live = next((a for a, s in stages.items() if s is Stage.LIVE), None)
+    if live is None:
+        raise TransitionError(f"{name} has no live adapter: has a server ever run on this data directory?")
+    return live
+
+
+def _ancestor(
+    adapters: Mapping[AdapterId, Adapter], stages: Mapping[AdapterId, Stage], of: AdapterId
+) -> AdapterId | None:
+    parent = adapters[of].parent_id
+    while parent is not None and stages.get(parent) is not Stage.RETIRED:
+        parent = adapters[parent].parent_id
+    return parent
+
+
+def _swap(
+    store: Store,
+    stages: Mapping[AdapterId, Stage],
+    live: AdapterId,
+    target: AdapterId,
+    leaves_as: Stage,
+    actor: str,
+    reason: str,
+) -> None:
+    if target not in stages:
+        raise UnknownAdapterError(f"no adapter {target}: see `gradatim adapters list`")
+    if target == live:
+        raise TransitionError(f"{target} is live already")
+    now = time.time()
+    store.move(
+        Move(adapter_id=live, created_at=now, before=Stage.LIVE, after=leaves_as, actor=actor, reason=reason),
+        Move(adapter_id=target, created_at=now, before=stages[target], after=Stage.LIVE, actor=actor, reason=reason),
+    )

@@ -1,0 +1,319 @@
+"""The records that flow through the system, in the order in which they are made.
+
+    Request -> Step -> Feedback -> Reward -> Credit -> Example -> Update -> Adapter -> Verdict -> Move
+
+All are immutable, and the store only ever appends them. Times are Unix seconds (UTC), durations end in
+``_s``, log-probabilities are natural logs. Shapes: S steps in an episode, P prompt tokens, T completion tokens.
+
+This module knows no database, no model and no wire format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, NewType
+
+EpisodeId = NewType("EpisodeId", str)
+StepId = NewType("StepId", str)  # the response id of the wire; further choices of one response are "ID:1", "ID:2"
+AdapterId = NewType("AdapterId", str)  # "name@step"; "name@0" is the frozen base
+Message = Mapping[str, Any]  # one OpenAI chat message, as received
+
+
+# --------------------------------------------------------------------------------------- the request path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to draw the tokens of one request (OpenAI's names and meanings)."""
+
+    max_tokens: int | None = None  # None: up to the end of the context
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    top_logprobs: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a caller asked for, after the wire format was validated. Exactly one of messages, prompt is set."""
+
+    messages: tuple[Message, ...] | None = None
+    prompt: str | tuple[int, ...] | None = None  # of /v1/completions
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One generated token, with its log-probability under the weights that drew it."""
+
+    id: int
+    text: str  # this token alone, decoded; may be a replacement character in the middle of a multi-byte one
+    logprob: float  # of the model's own distribution, before temperature, top_p and penalties
+    top: tuple[tuple[int, str, float], ...] = ()  # the most likely ones: (id, text, logprob)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The first event of a generation: the request was accepted, and these are its exact prompt tokens."""
+
+    prompt_ids: tuple[int, ...]  # (P,)
+    cached_tokens: int = 0  # how many of them came from the prefix cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What one decoding step added to one choice. Texts of one choice, concatenated, are its answer."""
+
+    index: int  # which of the n choices
+    text: str = ""  # may be empty: held back for a stop string or an unfinished character
+    tokens: tuple[Token, ...] = ()
+    finish_reason: Literal["stop", "length"] | None = None  # set on the last delta of a choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Which weights answer, and how likely that choice was (the propensity, for off-policy estimates)."""
+
+    adapter_id: AdapterId
+    adapter_sha256: str
+    stage: str  # a Stage, or "pinned"
+    propensity: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One model call inside an episode: exactly what went in, exactly what came out."""
+
+    id: StepId
+    episode_id: EpisodeId
+    created_at: float
+    adapter_id: AdapterId
+    adapter_sha256: str
+    stage: str
+    propensity: float = 1.0
+    messages: tuple[Message, ...] = ()  # as received; empty for /v1/completions
+    prompt_ids: tuple[int, ...]  # (P,)
+    completion_ids: tuple[int, ...]  # (T,) including the end-of-turn token where one was drawn
+    logprobs: tuple[float, ...]  # (T,) under the adapter that sampled them
+    text: str
+    finish_reason: str  # stop | length | aborted (the client left)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    user: str = ""
+    skill: str = "default"  # metadata.skill of the request, where a client gives one
+    trainable: bool = True  # false: X-Turn-Type: side
+    chain_key: str = ""  # digest of messages + answer: a request that extends them continues the episode
+    latency_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """One task, from its first request to its last. Not stored: put together from its steps."""
+
+    id: EpisodeId
+    steps: tuple[Step, ...]  # (S,) in the order in which they were stored
+
+
+# -------------------------------------------------------------------------------------------- judgement
+
+FeedbackKind = Literal["score", "preference", "correction", "outcome", "comment"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feedback:
+    """A raw opinion about an episode or a step. Never changed: a revision is a newer record of the same id."""
+
+    id: str
+    created_at: float
+    kind: FeedbackKind
+    source: str  # "human:alice", "critic:unit-tests", "implicit:click", "judge:NAME"
+    episode_id: EpisodeId
+    step_id: StepId | None = None  # None: the whole episode
+    value: float | None = None  # in [-1, 1]; an outcome is -1, 1 or None for unknown
+    rejected_id: StepId | None = None  # of a preference; the chosen one is step_id
+    correction: str = ""  # the better answer
+    comment: str = ""
+    confidence: float | None = None  # in (0, 1]
+    tags: tuple[str, ...] = ()
+    retracted: bool = False
+
+    @property
+    def target(self) -> tuple[str, str, str]:
+        """What it is about; the same id may never name another target."""
+        return (self.episode_id, self.step_id or "", self.rejected_id or "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """An episode that was opened, or re-opened, by feedback, with the newest revision of all its feedback."""
+
+    position: int  # of the newest feedback in the store
+    episode: Episode
+    feedback: tuple[Feedback, ...]  # without retracted ones
+    touched_at: float  # created_at of the newest feedback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reward:
+    """A belief about how good an episode was. ``value is None`` means abstained: never trained on."""
+
+    episode_id: EpisodeId
+    created_at: float
+    value: float | None  # in [-1, 1]
+    confidence: float  # in [0, 1]: how sure that the sign is right
+    reason: str = ""
+    feedback_ids: tuple[str, ...] = ()
+    position: int = 0  # of the newest feedback it took into account
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credit:
+    """How much of the reward each step earned."""
+
+    episode_id: EpisodeId
+    created_at: float
+    step_ids: tuple[StepId, ...]  # (S,)
+    advantages: tuple[float, ...]  # (S,) in [-1, 1]
+    methods: tuple[str, ...]  # (S,) where each came from: "correction", "score", "outcome"
+    position: int = 0
+
+
+# --------------------------------------------------------------------------------------------- learning
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """What the learner trains on: a pair (DPO, arXiv:2305.18290), an answer to imitate, or one to avoid.
+
+    ``chosen_ids`` and ``rejected_ids`` are completions of ``prompt_ids``; one of them may be empty. The id is made
+    of step and revision, so that late feedback replaces an example and replay does not count it twice.
+    """
+
+    id: str
+    created_at: float
+    episode_id: EpisodeId
+    step_id: StepId
+    prompt_ids: tuple[int, ...]  # (P,)
+    chosen_ids: tuple[int, ...] = ()  # (T,)
+    rejected_ids: tuple[int, ...] = ()  # (T',)
+    weight: float = 1.0  # in (0, 1], from credit and confidence
+    origin: str  # correction | preference | success | failure | score: what it was made from
+    skill: str = "default"
+    state: str = ""  # digest of prompt_ids: examples of one state may be paired
+    retained: bool = False  # kept for the gate, never trained on
+    verified: bool = False  # the episode ended in a success that a trusted source saw
+    feedback_ids: tuple[str, ...] = ()
+    user: str = ""
+    position: int = 0  # revision: the newest feedback it rests on
+
+    @property
+    def kind(self) -> Literal["pair", "imitate", "avoid"]:
+        if self.chosen_ids and self.rejected_ids:
+            return "pair"
+        return "imitate" if self.chosen_ids else "avoid"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What one update did, or why it was refused."""
+
+    id: str
+    created_at: float
+    applied: bool
+    parent_id: AdapterId
+    adapter_id: AdapterId | None = None  # what it made
+    example_ids: tuple[str, ...] = ()
+    replay_ids: tuple[str, ...] = ()
+    kinds: Mapping[str, int] = field(default_factory=dict)  # examples by origin
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    refused_because: str = ""
+    duration_s: float = 0.0
+
+
+class Stage(StrEnum):
+    """Where an adapter stands. Only live and canary ones are given to new episodes."""
+
+    CANDIDATE = "candidate"
+    SHADOW = "shadow"
+    CANARY = "canary"
+    LIVE = "live"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+    ROLLED_BACK = "rolled_back"
+
+
+ON_THE_WAY = (Stage.CANDIDATE, Stage.SHADOW, Stage.CANARY)  # at most one adapter of a name is in these
+
+TRANSITIONS: Mapping[Stage, frozenset[Stage]] = {
+    Stage.CANDIDATE: frozenset({Stage.SHADOW, Stage.CANARY, Stage.LIVE, Stage.REJECTED}),
+    Stage.SHADOW: frozenset({Stage.CANARY, Stage.LIVE, Stage.REJECTED}),
+    Stage.CANARY: frozenset({Stage.LIVE, Stage.REJECTED, Stage.ROLLED_BACK}),
+    Stage.LIVE: frozenset({Stage.RETIRED, Stage.ROLLED_BACK}),
+    Stage.RETIRED: frozenset({Stage.LIVE}),  # a rollback brings an earlier one back
+    Stage.ROLLED_BACK: frozenset({Stage.LIVE}),  # only ever by a person
+    Stage.REJECTED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One immutable version of the LoRA weights (arXiv:2106.09685). Step 0 is the frozen base: no weights."""
+
+    id: AdapterId
+    name: str
+    step: int
+    base_sha256: str
+    parent_id: AdapterId | None
+    sha256: str  # over the canonical bytes of its weights; of the base for step 0
+    path: str  # folder, relative to the data directory; empty for step 0
+    created_at: float
+    update_id: str = ""
+
+
+class Decision(StrEnum):
+    PASS = "pass"
+    FAIL = "fail"
+    WAIT = "wait"  # not enough evidence yet: it stays where it is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """A gate's answer, with the numbers that led to it."""
+
+    adapter_id: AdapterId
+    created_at: float
+    gate: str
+    decision: Decision
+    against: tuple[AdapterId, ...] = ()
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """One change of stage: the audit row, written in the transaction that makes the change."""
+
+    adapter_id: AdapterId
+    created_at: float
+    before: Stage | None  # None: it was registered
+    after: Stage
+    actor: str  # "loop", "person", "demo", ...
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaseScore:
+    """How one adapter does on one retained example, teacher-forced."""
+
+    logprob: float  # mean over the chosen tokens, nats
+    greedy: bool  # greedy decoding would give exactly the chosen tokens
+
+
+Record = Step | Feedback | Reward | Credit | Example | Update | Adapter | Verdict | Move
+RECORDS: Sequence[type[Record]] = (Step, Feedback, Reward, Credit, Example, Update, Adapter, Verdict, Move)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gradatim.config import RewardConfig
+from gradatim.credit import OutcomeCredit
+from gradatim.examples import ExampleBuilder, is_withdrawn, state_of
+from gradatim.protocols import Store
+from gradatim.reward import WeightedReward
+from gradatim.store import open_store
+from gradatim.types import Case, Example, StepId
+
+from .records import case_of, example, feedback, step
+
+
+class Letters:
+    """One token a letter, and 0 for the end."""
+
+    def completion_ids(self, text: str) -> tuple[int, ...]:
+        return (*(ord(c) for c in text), 0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(tmp_path / "s.db") as opened:
+        yield opened
+
+
+def built(store: Store, case: Case, retain_every: int = 0) -> list[Example]:
+    reward = WeightedReward(RewardConfig()).score(case)
+    credit = OutcomeCredit(RewardConfig()).assign(case, reward)
+    return list(ExampleBuilder(store, Letters(), retain_every=retain_every).build(case, reward, credit))
+
+
+def test_a_correction_becomes_a_pair_over_the_captured_tokens(store: Store) -> None:
+    (pair,) = built(store, case_of(feedback("correction", step_id="s0", correction="ab")))
+    assert (pair.kind, pair.origin) == ("pair", "correction")
+    assert pair.chosen_ids == (97, 98, 0)
+    assert pair.rejected_ids == (7, 8)
+    assert pair.prompt_ids == (1, 2, 3)
+
+
+def test_a_correction_that_repeats_the_answer_confirms_it(store: Store) -> None:
+    (good,) = built(store, case_of(feedback("correction", step_id="s0", correction=" click 2 ")))
+    assert good.kind == "imitate"
+
+
+def test_success_is_imitated_and_failure_avoided(store: Store) -> None:
+    (good,) = built(store, case_of(feedback("outcome", value=1.0)))
+    assert (good.kind, good.origin, good.verified) == ("imitate", "success", True)
+    (bad,) = built(store, case_of(feedback("outcome", value=-1.0)))
+    assert (bad.kind, bad.origin, bad.verified) == ("avoid", "failure", False)
+
+
+def test_opposite_answers_to_the_same_state_become_a_pair(store: Store) -> None:
+    store.append(example("earlier", chosen_ids=(5, 6), state=state_of((1, 2, 3))))
+    (pair,) = built(store, case_of(feedback("outcome", value=-1.0)))
+    assert (pair.chosen_ids, pair.rejected_ids) == ((5, 6), (7, 8))
+
+
+def test_side_calls_and_broken_off_answers_teach_nothing(store: Store) -> None:
+    steps = (step("s0", trainable=False), step("s1", finish_reason="aborted"))
+    assert built(store, case_of(feedback("outcome", value=1.0), steps=steps)) == []
+
+
+def test_a_preference_takes_the_loser_from_its_own_step(store: Store) -> None:
+    store.append(step("other", episode="e2", completion_ids=(9,)))
+    (pair,) = built(store, case_of(feedback("preference", step_id="s0", rejected_id=StepId("other"))))
+    assert (pair.chosen_ids, pair.rejected_ids, pair.origin) == ((7, 8), (9,), "preference")
+
+
+def test_retracted_feedback_withdraws_the_example(store: Store) -> None:
+    store.append(*built(store, case_of(feedback("outcome", value=1.0))))
+    (gone,) = built(store, case_of(position=2))
+    assert is_withdrawn(gone)
+    store.append(gone)
+    assert built(store, case_of(position=3)) == []
+
+
+def test_feedback_that_changes_nothing_makes_no_second_example(store: Store) -> None:
+    case = case_of(feedback("outcome", value=1.0))
+    store.append(*built(store, case))
+    again = replace(case, position=2, feedback=(*case.feedback, feedback("comment", comment="nice")))
+    assert built(store, again) == []
+
+
+def test_some_states_are_kept_for_the_gate_and_always_the_same(store: Store) -> None:
+    steps = tuple(step(f"s{i}", prompt_ids=(i,)) for i in range(40))
+    case = case_of(feedback("outcome", value=1.0), steps=steps)
+    retained = {e.state for e in built(store, case, retain_every=4) if e.retained}
+    assert 3 <= len(retained) <= 20
+    assert retained == {e.state for e in built(store, case, retain_every=4) if e.retained}
+
+
+def test_a_failure_is_never_kept_for_the_gate(store: Store) -> None:
+    assert not any(e.retained for e in built(store, case_of(feedback("outcome", value=-1.0)), retain_every=1))

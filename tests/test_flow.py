@@ -1,0 +1,245 @@
+"""From feedback to a promoted, refused or rolled back adapter, with a real store and scripted learner and gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
+from gradatim.credit import OutcomeCredit
+from gradatim.errors import TransitionError
+from gradatim.examples import ExampleBuilder
+from gradatim.loop import JUDGED, LEARNED, Loop
+from gradatim.protocols import Store
+from gradatim.release.traffic import promote, rollback
+from gradatim.reward import WeightedReward
+from gradatim.store import open_store
+from gradatim.types import (
+    Adapter,
+    AdapterId,
+    Decision,
+    Example,
+    Move,
+    Reward,
+    Stage,
+    Update,
+    Verdict,
+)
+
+from .records import adapter, feedback, step
+from .test_examples import Letters
+
+
+@dataclass
+class CountingLearner:
+    calls: list[tuple[list[str], str, int]] = field(default_factory=list)
+    refuses: bool = False
+
+    def update(
+        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, number: int
+    ) -> tuple[Update, Adapter | None]:
+        self.calls.append(([e.id for e in examples], parent.id, number))
+        made = adapter(number, parent=parent.step)
+        record = Update(
+            id=f"u{number}",
+            created_at=1.0,
+            applied=not self.refuses,
+            parent_id=parent.id,
+            adapter_id=None if self.refuses else made.id,
+            example_ids=tuple(e.id for e in examples),
+            refused_because="no" if self.refuses else "",
+        )
+        return record, None if self.refuses else made
+
+
+class NoReplay:
+    def draw(self, n: int, *, exclude: frozenset[str] = frozenset()) -> Sequence[Example]:
+        return []
+
+
+@dataclass
+class FixedGate:
+    decision: Decision
+    name: str = "fixed"
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        return Verdict(adapter_id=candidate.id, created_at=1.0, gate=self.name, decision=self.decision, reason="fixed")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(tmp_path / "s.db") as opened:
+        opened.append(adapter(0))
+        yield opened
+
+
+def loop_on(store: Store, decision: Decision = Decision.PASS, refuses: bool = False) -> tuple[Loop, CountingLearner]:
+    learner = CountingLearner(refuses=refuses)
+    loop = Loop(
+        name="agent",
+        store=store,
+        reward_model=WeightedReward(RewardConfig()),
+        credit=OutcomeCredit(RewardConfig()),
+        examples=ExampleBuilder(store, Letters(), retain_every=0),
+        replay=NoReplay(),
+        learner=learner,
+        gates={Stage.CANDIDATE: [FixedGate(decision)]},
+        config=LoopConfig(settle_s=5.0),
+        learning=LearnerConfig(min_examples=1),
+        clock=lambda: 100.0,
+    )
+    return loop, learner
+
+
+def run(loop: Loop, turns: int = 5) -> None:
+    for _ in range(turns):
+        loop.turn()
+
+
+def good_episode(store: Store, name: str = "e", value: float = 1.0) -> None:
+    store.append(step(f"{name}-s0", name), feedback("outcome", name, value=value))
+
+
+@pytest.mark.parametrize(
+    ("decision", "stage", "live"),
+    [
+        (Decision.PASS, Stage.LIVE, "agent@1"),
+        (Decision.FAIL, Stage.REJECTED, "agent@0"),
+        (Decision.WAIT, Stage.CANDIDATE, "agent@0"),
+    ],
+)
+def test_from_feedback_to_a_decision(store: Store, decision: Decision, stage: Stage, live: str) -> None:
+    loop, _ = loop_on(store, decision)
+    good_episode(store)
+    run(loop)
+    stages = store.stages("agent")
+    assert stages[AdapterId("agent@1")] is stage
+    assert [a for a, s in stages.items() if s is Stage.LIVE] == [live]
+
+
+def test_nothing_is_learned_without_feedback(store: Store) -> None:
+    loop, learner = loop_on(store)
+    store.append(step())
+    run(loop)
+    assert learner.calls == []
+
+
+def test_an_abstention_is_recorded_and_not_trained_on(store: Store) -> None:
+    loop, learner = loop_on(store)
+    store.append(step(), feedback("outcome", value=None))
+    run(loop)
+    assert [r.value for _, r in store.read(Reward)] == [None]
+    assert learner.calls == []
+
+
+def test_an_example_is_given_to_the_learner_once(store: Store) -> None:
+    loop, learner = loop_on(store)
+    good_episode(store)
+    run(loop, turns=8)
+    assert len(learner.calls) == 1
+
+
+def test_late_feedback_reopens_the_episode(store: Store) -> None:
+    loop, learner = loop_on(store)
+    good_episode(store)
+    run(loop)
+    store.append(feedback("correction", "e", "e-s0", correction="better"))
+    run(loop)
+    assert len(learner.calls) == 2
+    assert learner.calls[1][1] == "agent@1"
+
+
+def test_an_episode_without_an_outcome_is_left_to_settle(store: Store) -> None:
+    loop, learner = loop_on(store)
+    store.append(step("e-s0"), feedback("correction", "e", "e-s0", correction="better", created_at=97.0))
+    run(loop)
+    assert learner.calls == []
+    loop.clock = lambda: 103.0
+    run(loop)
+    assert len(learner.calls) == 1
+
+
+def test_flush_waits_for_nothing(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.learning = LearnerConfig(min_examples=50, max_wait_s=1e9)
+    good_episode(store)
+    run(loop)
+    assert learner.calls == []
+    loop.turn(flush=True)
+    assert len(learner.calls) == 1
+
+
+def test_a_refused_update_makes_no_adapter_and_is_not_repeated(store: Store) -> None:
+    loop, learner = loop_on(store, refuses=True)
+    good_episode(store)
+    run(loop)
+    assert len(learner.calls) == 1
+    assert set(store.stages("agent")) == {"agent@0"}
+
+
+def test_one_candidate_at_a_time(store: Store) -> None:
+    loop, learner = loop_on(store, Decision.WAIT)
+    good_episode(store, "e1")
+    run(loop)
+    good_episode(store, "e2")
+    run(loop)
+    assert len(learner.calls) == 1
+
+
+def test_without_a_gate_nothing_moves_up(store: Store) -> None:
+    loop, _ = loop_on(store)
+    loop.gates = {}
+    good_episode(store)
+    run(loop)
+    assert store.stages("agent")[AdapterId("agent@1")] is Stage.REJECTED
+
+
+def test_a_new_loop_takes_up_where_the_old_one_was_killed(store: Store) -> None:
+    first, _ = loop_on(store)
+    good_episode(store)
+    first.judge()
+    second, learner = loop_on(store)
+    run(second)
+    assert len(learner.calls) == 1
+    assert store.cursor(JUDGED) > 0
+    assert store.cursor(LEARNED) > 0
+
+
+def test_rollback_goes_to_the_newest_ancestor_that_was_live(store: Store) -> None:
+    loop, _ = loop_on(store)
+    for name in ("e1", "e2"):
+        good_episode(store, name)
+        run(loop)
+    assert rollback(store, "agent", actor="person") == "agent@1"
+    stages = store.stages("agent")
+    assert stages[AdapterId("agent@2")] is Stage.ROLLED_BACK
+    assert stages[AdapterId("agent@1")] is Stage.LIVE
+    good_episode(store, "e3")
+    run(loop)
+    assert store.stages("agent")[AdapterId("agent@3")] is Stage.LIVE
+    assert [a.parent_id for _, a in store.read(Adapter, id="agent@3")] == ["agent@1"]
+
+
+def test_rollback_to_the_base_and_a_promotion_back(store: Store) -> None:
+    loop, _ = loop_on(store)
+    good_episode(store)
+    run(loop)
+    rollback(store, "agent", AdapterId("agent@0"), actor="person")
+    promote(store, "agent", AdapterId("agent@1"), actor="person")
+    assert store.stages("agent")[AdapterId("agent@1")] is Stage.LIVE
+    with pytest.raises(TransitionError, match="nothing to roll back to"):
+        rollback(store, "agent", AdapterId("agent@0"), actor="person")
+        rollback(store, "agent", actor="person")
+
+
+def test_every_move_is_on_record_with_its_reason(store: Store) -> None:
+    loop, _ = loop_on(store)
+    good_episode(store)
+    run(loop)
+    moves = [(m.adapter_id, m.after, m.actor) for _, m in store.read(Move)]
+    assert ("agent@1", Stage.LIVE, "loop") in moves
+    assert ("agent@0", Stage.RETIRED, "loop") in moves
+    assert all(v.reason for _, v in store.read(Verdict))

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from gradatim.config import GateConfig
+from gradatim.errors import AdapterError
+from gradatim.protocols import Store
+from gradatim.release.gates import Pairs, ReplayGate, StaticGate, harm
+from gradatim.store import open_store
+from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update
+
+from .records import adapter, example
+
+
+class TableScorer:
+    """Says for each adapter which examples it answers right."""
+
+    def __init__(self, right: Mapping[str, set[str]], broken: Sequence[str] = ()) -> None:
+        self.right, self.broken = right, broken
+
+    def score(self, adapter: Adapter, examples: Sequence[Example]) -> Sequence[CaseScore]:
+        if adapter.id in self.broken:
+            raise AdapterError(f"{adapter.id}: digest mismatch")
+        known = self.right.get(adapter.id, set())
+        return [CaseScore(logprob=-0.1 if e.id in known else -0.2, greedy=e.id in known) for e in examples]
+
+
+def update(update_id: str = "u1", example_ids: tuple[str, ...] = (), **metrics: float) -> Update:
+    return Update(
+        id=update_id,
+        created_at=1.0,
+        applied=True,
+        parent_id=AdapterId("agent@0"),
+        example_ids=example_ids,
+        metrics={"loss": 0.5} | metrics,
+    )
+
+
+BASE, CANDIDATE = adapter(0), adapter(1, parent=0)
+
+
+def static(tmp_path: Path, made: Update | None, candidate: Adapter = CANDIDATE, broken: Sequence[str] = ()) -> str:
+    with open_store(tmp_path / "s.db") as store:
+        if made:
+            store.append(made)
+        verdict = StaticGate(store, TableScorer({}, broken), GateConfig()).check(candidate, BASE, BASE)
+    return f"{verdict.decision}: {verdict.reason}"
+
+
+def test_a_sound_candidate_passes_the_static_gate(tmp_path: Path) -> None:
+    assert static(tmp_path, update()).startswith("pass")
+
+
+def test_what_is_not_on_record_does_not_pass(tmp_path: Path) -> None:
+    assert "not on record" in static(tmp_path, None)
+
+
+def test_a_candidate_of_another_parent_does_not_pass(tmp_path: Path) -> None:
+    assert "no longer live" in static(tmp_path, update(), adapter(2, parent=1, update_id="u1"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_does_not_pass(tmp_path: Path, value: float) -> None:
+    assert "not finite: kl" in static(tmp_path, update(kl=value))
+
+
+def test_weights_that_moved_too_far_do_not_pass(tmp_path: Path) -> None:
+    assert "norm" in static(tmp_path, update(delta_norm=7.0))
+
+
+def test_corrupt_files_do_not_pass(tmp_path: Path) -> None:
+    assert "digest" in static(tmp_path, update(), broken=["agent@1"])
+
+
+def replay(store: Store, right: Mapping[str, set[str]], config: GateConfig | None = None) -> tuple[Decision, str]:
+    verdict = ReplayGate(store, TableScorer(right), config or GateConfig()).check(CANDIDATE, BASE, BASE)
+    return verdict.decision, verdict.reason
+
+
+def verified(prefix: str, n: int, skill: str) -> list[Example]:
+    return [example(f"{prefix}{i}", skill=skill, verified=True) for i in range(n)]
+
+
+def test_losing_known_good_answers_of_one_skill_is_not_paid_for_by_another(tmp_path: Path) -> None:
+    old, new = verified("a", 20, "old"), verified("b", 20, "new")
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*old, *new)
+        right = {"agent@0": {e.id for e in old}, "agent@1": {e.id for e in [*old[6:], *new]}}
+        decision, reason = replay(store, right)
+    assert decision is Decision.FAIL
+    assert "old against live: 6 of 20" in reason
+
+
+def test_gains_without_losses_pass(tmp_path: Path) -> None:
+    old, new = verified("a", 20, "old"), verified("b", 20, "new")
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*old, *new)
+        right = {"agent@0": {e.id for e in old}, "agent@1": {e.id for e in [*old, *new]}}
+        assert replay(store, right)[0] is Decision.PASS
+
+
+def test_an_update_is_not_its_own_witness(tmp_path: Path) -> None:
+    mine, others = verified("m", 5, "s"), verified("o", 5, "s")
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*mine, *others, update(example_ids=tuple(e.id for e in mine)))
+        gate = ReplayGate(store, TableScorer({}), GateConfig())
+        verdict = gate.check(CANDIDATE, BASE, BASE)
+    assert verdict.evidence["cases"] == 5
+
+
+def test_only_the_newest_verified_revision_is_a_case(tmp_path: Path) -> None:
+    first = example("x#1", verified=True)
+    with open_store(tmp_path / "s.db") as store:
+        gate = ReplayGate(store, TableScorer({}), GateConfig())
+        store.append(first)
+        assert [e.id for e in gate.cases()] == ["x#1"]
+        store.append(example("x#2", step_id=first.step_id, verified=False))
+        assert gate.cases() == []
+
+
+def test_every_skill_gets_its_share_of_the_cases(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*verified("a", 90, "common"), *verified("b", 3, "rare"))
+        cases = ReplayGate(store, TableScorer({}), GateConfig(max_cases=20)).cases()
+    assert sum(e.skill == "rare" for e in cases) == 3
+    assert sum(e.skill == "common" for e in cases) == 10
+
+
+def refusals(before: float, after: float, n: int, changed: float = 0.1, runs: int = 2000) -> float:
+    """Share of candidates refused when ``changed`` of the cases change sides at random, plus a true loss."""
+    rng, config, refused = random.Random(0), GateConfig(), 0
+    for _ in range(runs):
+        lost = sum(rng.random() < changed / 2 + (before - after) for _ in range(n))
+        won = sum(rng.random() < changed / 2 for _ in range(n))
+        refused += bool(harm(Pairs(n=n, lost=lost, won=won, logprob=0.0), config))
+    return refused / runs
+
+
+def test_error_rates_of_the_replay_gate_by_simulation() -> None:
+    """Harmless candidates of which 1 case in 20 changes are seldom refused; one that lost a third nearly always."""
+    assert refusals(0.9, 0.9, n=24, changed=0.05) < 0.10
+    assert refusals(0.9, 0.6, n=24) > 0.97
+
+
+def test_lost_likelihood_is_harm_even_where_no_answer_flips() -> None:
+    assert "nats" in harm(Pairs(n=10, lost=0, won=0, logprob=-0.9), GateConfig())
