@@ -1,0 +1,97 @@
+"""Puts the server together: the table of routes, and what each of them needs.
+
+Every route under /v1 also stands under /sessions/{id}/v1, so that a client can name its episode by base_url alone.
+"""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Mount, Route
+
+from gradatim.config import Config
+from gradatim.errors import GradatimError
+from gradatim.protocols import Engine, Router, Store
+from gradatim.server.admin import Admin, AdminRoutes
+from gradatim.server.completions import Completions
+from gradatim.server.edge import Edge
+from gradatim.server.episodes import Episodes
+from gradatim.server.explain import ExplainRoutes
+from gradatim.server.feedback import FeedbackRoutes
+from gradatim.server.generation import Services
+from gradatim.server.metrics import Metrics
+from gradatim.server.problems import ApiError, problem
+
+
+def build_app(
+    *, engine: Engine, store: Store, router: Router, config: Config, admin: Admin, metrics: Metrics | None = None
+) -> Starlette:
+    """The ASGI application. Starts and stops nothing: engine and store belong to the caller."""
+    metrics = metrics or Metrics()
+    metrics.watch(engine)
+    limit = config.server.max_body_bytes
+    services = Services(
+        engine=engine,
+        store=store,
+        router=router,
+        episodes=Episodes(store),
+        metrics=metrics,
+        max_queue=config.server.max_queue,
+    )
+    completions = Completions(services, limit)
+    feedback = FeedbackRoutes(store, metrics, sources=config.reward.weights, max_body_bytes=limit)
+    explain = ExplainRoutes(store)
+    operator = AdminRoutes(admin=admin, engine=engine, store=store, router=router, metrics=metrics, name=config.name)
+    v1 = _v1(completions, feedback, explain, operator)
+    app = Starlette(
+        routes=[
+            Mount("/v1", routes=v1),
+            Mount("/sessions/{session_id}/v1", routes=v1),
+            Route("/feedback", feedback.post_tensorzero, methods=["POST"]),
+            Route("/api/public/scores", feedback.post_langfuse, methods=["POST"]),
+            Route("/healthz", operator.healthz),
+            Route("/readyz", operator.readyz),
+            Route("/metrics", operator.metrics),
+        ],
+        middleware=[Middleware(Edge, api_key=config.server.api_key, metrics=metrics)],
+        exception_handlers={ApiError: _answer, GradatimError: _answer, HTTPException: _answer_http},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _v1(
+    completions: Completions, feedback: FeedbackRoutes, explain: ExplainRoutes, operator: AdminRoutes
+) -> list[BaseRoute]:
+    return [
+        Route("/chat/completions", completions.chat_completions, methods=["POST"]),
+        Route("/completions", completions.completions, methods=["POST"]),
+        Route("/feedback", feedback.post_feedback, methods=["POST"]),
+        Route("/feedback/{id}", feedback.get_feedback),
+        Route("/feedback/{id}", feedback.delete_feedback, methods=["DELETE"]),
+        Route("/models", operator.list_models),
+        Route("/models/{id:path}", operator.get_model),
+        Route("/episodes", explain.list_episodes),
+        Route("/episodes/{id}", explain.get_episode),
+        Route("/explain/{id}", explain.explain),
+        Route("/adapters", operator.list_adapters),
+        Route("/adapters/{id}", operator.get_adapter),
+        Route("/adapters/{id}/rollback", operator.rollback, methods=["POST"]),
+        Route("/adapters/{id}/promote", operator.promote, methods=["POST"]),
+        Route("/status", operator.status),
+    ]
+
+
+async def _answer(request: Request, exc: Exception) -> Response:
+    return problem(exc).response()
+
+
+async def _answer_http(request: Request, exc: Exception) -> Response:
+    """What the routing itself refuses: 404 and 405."""
+    assert isinstance(exc, HTTPException)
+    what = f"{request.method} {request.url.path}"
+    message = {404: f"there is no {what}", 405: f"{what} is not allowed"}.get(exc.status_code, exc.detail)
+    return ApiError(exc.status_code, message, code="unknown_url", headers=exc.headers).response()

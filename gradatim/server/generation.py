@@ -1,0 +1,218 @@
+"""One request from its acceptance to its record: the weights that answer, the tokens that come, the steps kept.
+
+Capture never fails a request: a step that cannot be written within ``CAPTURE_BUDGET_S`` is counted as lost, the
+answer goes out and says that it was not captured. Knows nothing of HTTP and of the answer's shape.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from time import perf_counter, time
+from typing import Any
+
+from gradatim.errors import EngineError, OverloadedError, UnknownAdapterError
+from gradatim.protocols import Engine, Router, Store
+from gradatim.server.episodes import Chain, Episodes
+from gradatim.server.metrics import Metrics
+from gradatim.server.wire import Call
+from gradatim.types import Delta, EpisodeId, Route, Started, Step, StepId
+
+log = logging.getLogger("gradatim.server")
+CAPTURE_BUDGET_S = 5.0
+
+
+@dataclass(slots=True)
+class Choice:
+    """What one of the n choices has become so far."""
+
+    deltas: list[Delta] = field(default_factory=list)
+    finish_reason: str = ""
+    last_at: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token.id for delta in self.deltas for token in delta.tokens]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What a generation needs of the world."""
+
+    engine: Engine
+    store: Store
+    router: Router
+    episodes: Episodes
+    metrics: Metrics
+    max_queue: int
+    running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
+
+
+class Generation:
+    """One accepted request. ``start``, then ``deltas`` to their end, then ``finish``; ``close`` in any case."""
+
+    route: Route
+    prompt_ids: tuple[int, ...] = ()
+    cached_tokens: int = 0
+    captured: bool = False
+
+    def __init__(
+        self, services: Services, call: Call, *, episode_id: EpisodeId, chain: Chain | None, side: bool
+    ) -> None:
+        self.id = f"{'chatcmpl' if call.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self.call = call
+        self.episode_id = episode_id
+        self.created_at = time()
+        self.choices = [Choice() for _ in range(call.request.sampling.n)]
+        self._services = services
+        self._chain = chain
+        self._trainable = not side
+        self._events: AsyncIterator[Started | Delta] | None = None
+        self._began_at = perf_counter()
+        self._started = False
+        self._finished = False
+
+    async def start(self) -> None:
+        """Choose the weights and wait until the engine accepts. Raises what Engine.generate and Router.route do."""
+        services = self._services
+        if len(services.running) >= services.max_queue:
+            raise OverloadedError(f"{services.max_queue} requests are waiting or running; try again in a second")
+        services.running.add(self.id)
+        services.metrics.queue.set(len(services.running))
+        try:
+            started = await self._open()
+        except UnknownAdapterError:
+            started = await self._open()  # it was retired between routing and generating; what is live now answers
+        self.prompt_ids, self.cached_tokens, self._started = started.prompt_ids, started.cached_tokens, True
+
+    async def _open(self) -> Started:
+        self.route = await self._services.router.route(self.call.model, self.episode_id)
+        self._events = self._services.engine.generate(self.call.request, self.route.adapter_id)
+        event = await anext(self._events, None)
+        if not isinstance(event, Started):
+            raise EngineError("the engine did not begin with its prompt")
+        return event
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """The engine's deltas, kept as they pass. EngineError where it ends before every choice has."""
+        assert self._events is not None, "start first"
+        async for event in self._events:
+            if isinstance(event, Delta):
+                self._keep(event)
+                yield event
+        if not all(choice.finish_reason for choice in self.choices):
+            raise EngineError("the engine stopped before the answer was complete")
+
+    def _keep(self, delta: Delta) -> None:
+        choice = self.choices[delta.index]
+        choice.deltas.append(delta)
+        choice.finish_reason = delta.finish_reason or ""
+        if delta.tokens:
+            now, metrics = perf_counter(), self._services.metrics
+            if choice.last_at:
+                metrics.per_token.observe((now - choice.last_at) / len(delta.tokens))
+            elif delta.index == 0:
+                metrics.ttft.observe(now - self._began_at)
+            choice.last_at = now
+
+    async def finish(self) -> None:
+        """Record every choice, and wait until that is durable. ``captured`` says whether it is."""
+        self._finished = True
+        self._count("ok")
+        self.captured = await self._capture(self._steps())
+
+    async def close(self) -> None:
+        """Abort what still runs, and record what came until then. May be called at any time, and twice."""
+        self._services.running.discard(self.id)
+        self._services.metrics.queue.set(len(self._services.running))
+        events, self._events = self._events, None
+        if events is not None and (aclose := getattr(events, "aclose", None)):
+            await aclose()
+        if self._started and not self._finished:
+            self._finished = True
+            self._count("aborted")
+            self.captured = await self._capture(self._steps())
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(delta.tokens) for choice in self.choices for delta in choice.deltas)
+
+    def _count(self, outcome: str) -> None:
+        metrics = self._services.metrics
+        metrics.responses.labels(outcome).inc()
+        metrics.tokens(prompt=len(self.prompt_ids), cached=self.cached_tokens, completion=self.completion_tokens)
+
+    def _steps(self) -> list[Step]:
+        begun = [(i, choice) for i, choice in enumerate(self.choices) if i == 0 or choice.deltas]
+        return [self._step(i, choice) for i, choice in begun]
+
+    def _step(self, index: int, choice: Choice) -> Step:
+        text = choice.text
+        complete = bool(choice.finish_reason)
+        return Step(
+            id=StepId(self.id if index == 0 else f"{self.id}:{index}"),
+            episode_id=self.episode_id,
+            created_at=self.created_at,
+            adapter_id=self.route.adapter_id,
+            adapter_sha256=self.route.adapter_sha256,
+            stage=self.route.stage,
+            propensity=self.route.propensity,
+            messages=self.call.messages,
+            prompt_ids=self.prompt_ids,
+            completion_ids=tuple(choice.token_ids),
+            logprobs=tuple(token.logprob for delta in choice.deltas for token in delta.tokens),
+            text=text,
+            finish_reason=choice.finish_reason or "aborted",
+            sampling=_plain_sampling(self.call),
+            user=self.call.user,
+            skill=self.call.skill,
+            trainable=self._trainable and complete,
+            chain_key=self._chain.key(text) if self._chain and complete else "",
+            latency_s=perf_counter() - self._began_at,
+        )
+
+    async def _capture(self, steps: list[Step]) -> bool:
+        services = self._services
+        for step in steps:
+            if step.chain_key:
+                services.episodes.remember(step.chain_key, step.episode_id)
+        try:
+            future = asyncio.wrap_future(_submitted(services.store.submit(*steps)))
+            await asyncio.wait((future,), timeout=CAPTURE_BUDGET_S)
+            if not future.done():
+                raise TimeoutError(f"not durable within {CAPTURE_BUDGET_S:.0f} s")
+            future.result()
+        except Exception as e:  # noqa: BLE001  the boundary to the store: counted, and the answer says so
+            services.metrics.lost.inc(len(steps))
+            log.error("%d steps were not recorded: %s", len(steps), type(e).__name__)
+            return False
+        return True
+
+
+def _submitted(future: Future[int]) -> Future[int]:
+    """The same future, whose error is looked at even where nobody waits for it any more."""
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future
+
+
+def _plain_sampling(call: Call) -> dict[str, Any]:
+    s = call.request.sampling
+    return {
+        "max_tokens": s.max_tokens,
+        "temperature": s.temperature,
+        "top_p": s.top_p,
+        "n": s.n,
+        "stop": list(s.stop),
+        "seed": s.seed,
+        "presence_penalty": s.presence_penalty,
+        "frequency_penalty": s.frequency_penalty,
+        "logit_bias": {str(token): bias for token, bias in s.logit_bias.items()},
+    }
