@@ -1,0 +1,162 @@
+"""The embedded engine: any transformers causal LM in this process, one worker thread, many adapters.
+
+Implements ``protocols.Engine``. It knows nothing of HTTP, stages or the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from threading import Lock
+
+from gradatim.config import EngineConfig
+from gradatim.engine.adapters import BASE_SLOT, AdapterPool
+from gradatim.engine.generation import Generation
+from gradatim.engine.runner import Runner
+from gradatim.engine.scheduler import Scheduler
+from gradatim.errors import AdapterError, EngineError, PromptTooLongError
+from gradatim.nn.base import Base
+from gradatim.nn.lora import read_adapter
+from gradatim.nn.render import Renderer
+from gradatim.types import Adapter, AdapterId, Delta, Request, Sampling, Started
+
+_BASE_PREFIX = ""  # all names share what the base made
+
+
+class TransformersEngine:
+    """Continuous batching over a base model and its adapters.
+
+    ``data_dir`` is what adapters' paths are relative to; ``max_queue`` bounds the requests waiting or running.
+    ModelError where the embedded engine does not support the architecture.
+    """
+
+    def __init__(
+        self, base: Base, renderer: Renderer, config: EngineConfig, data_dir: Path, *, max_queue: int = 256
+    ) -> None:
+        self._base, self._renderer, self._config, self._data_dir = base, renderer, config, data_dir
+        self._context_tokens = min(base.context_tokens, config.max_context_tokens or base.context_tokens)
+        self._runner = Runner(base, config.max_batch, config.adapter_slots)
+        self._pool = AdapterPool(config.adapter_slots, freed=self._forget)
+        self._loading = Lock()
+        self._scheduler = Scheduler(
+            self._runner,
+            renderer,
+            base.eos_ids,
+            prefix_cache_tokens=config.prefix_cache_tokens,
+            max_queue=max_queue,
+            threads=config.threads or max(1, (os.cpu_count() or 2) - 1),
+            ended=lambda generation: self._pool.release(generation.adapter_id),
+        )
+
+    async def generate(self, request: Request, adapter_id: AdapterId) -> AsyncIterator[Started | Delta]:
+        """See ``protocols.Engine``. Besides, ValueError where the request cannot be rendered or sampled, and
+        EngineError where the generation broke on its way."""
+        generation = await self._submit(request, adapter_id)
+        running = request.sampling.n
+        try:
+            while running:
+                event = await generation.events.get()
+                if isinstance(event, Exception):
+                    raise event
+                if isinstance(event, Delta) and event.finish_reason:
+                    running -= 1
+                yield event
+        finally:
+            if running:
+                self._scheduler.cancel(generation)
+
+    async def load(self, adapter: Adapter) -> None:
+        await asyncio.to_thread(self._load, adapter)
+
+    async def unload(self, adapter_id: AdapterId) -> None:
+        self._pool.unload(adapter_id)
+
+    def loaded(self) -> frozenset[AdapterId]:
+        return self._pool.loaded()
+
+    def stats(self) -> Mapping[str, float]:
+        """Gauges and counters for /metrics; ``steps_within_*`` are cumulative counts of steps by duration."""
+        return {"adapters": float(len(self._pool.loaded())), **self._scheduler.stats()}
+
+    def close(self) -> None:
+        """End the worker thread; what runs fails with EngineError."""
+        self._scheduler.close()
+
+    async def _submit(self, request: Request, adapter_id: AdapterId) -> Generation:
+        slot = self._pool.acquire(adapter_id)
+        submitted = False
+        try:
+            self._check(request.sampling)
+            prompt_ids = await asyncio.to_thread(self._prompt_ids, request)
+            generation = Generation(
+                prompt_ids,
+                request.sampling,
+                self._limit(len(prompt_ids), request.sampling),
+                adapter_id,
+                slot,
+                _BASE_PREFIX if slot == BASE_SLOT else adapter_id,
+                asyncio.get_running_loop(),
+            )
+            self._scheduler.submit(generation)
+            submitted = True
+        finally:
+            if not submitted:
+                self._pool.release(adapter_id)
+        return generation
+
+    def _check(self, sampling: Sampling) -> None:
+        if not 1 <= sampling.n <= self._config.max_batch:
+            raise ValueError(f"n = {sampling.n} is not in 1..{self._config.max_batch} (engine.max_batch)")
+        vocabulary = self._base.model.config.get_text_config().vocab_size
+        if any(not 0 <= i < vocabulary for i in sampling.logit_bias):
+            raise ValueError(f"logit_bias names a token that is not in 0..{vocabulary - 1}")
+
+    def _prompt_ids(self, request: Request) -> tuple[int, ...]:
+        if request.messages is not None:
+            return self._renderer.prompt_ids(request.messages)
+        if isinstance(request.prompt, str):
+            return self._renderer.text_ids(request.prompt)
+        vocabulary = self._base.model.config.get_text_config().vocab_size
+        ids = tuple(request.prompt or ())
+        if not ids or any(not 0 <= i < vocabulary for i in ids):
+            raise ValueError(f"a prompt of tokens needs at least one, each in 0..{vocabulary - 1}")
+        return ids
+
+    def _limit(self, prompt_tokens: int, sampling: Sampling) -> int:
+        room = self._context_tokens - prompt_tokens
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {prompt_tokens} tokens, and the context window of {self._context_tokens} must hold "
+                "the answer too: shorten the prompt"
+            )
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise ValueError("max_tokens must be at least 1")
+        return min(room, sampling.max_tokens or room)
+
+    def _load(self, adapter: Adapter) -> None:
+        if adapter.base_sha256 != self._base.sha256:
+            raise AdapterError(
+                f"{adapter.id} was made for base {adapter.base_sha256[:12]}, and this is {self._base.sha256[:12]}: "
+                "serve the model it was trained on"
+            )
+        with self._loading:
+            if self._pool.revive(adapter.id):
+                return
+            weights = read_adapter(self._data_dir / adapter.path, adapter.sha256)
+            self._runner.lora.check(weights.modules)
+            slot = self._pool.reserve()
+            filled = False
+            try:
+                self._scheduler.call(lambda: self._runner.lora.put(slot, weights)).result()
+                filled = True
+            except RuntimeError as e:
+                raise e if isinstance(e, EngineError) else AdapterError(f"no memory for {adapter.id}: {e}") from e
+            finally:
+                if not filled:
+                    self._pool.give_back(slot)
+            self._pool.publish(adapter.id, slot)
+
+    def _forget(self, adapter_id: AdapterId) -> None:
+        self._scheduler.drop_prefixes(adapter_id)
