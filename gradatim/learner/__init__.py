@@ -1,0 +1,1 @@
+"""Makes new adapters from examples, says how well adapters do, and remembers what to rehearse."""

@@ -1,0 +1,65 @@
+"""Examples -> what fits through the model, and which of them share a gradient step.
+
+It knows no model: only token ids and lengths.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+from gradatim.config import LearnerConfig
+from gradatim.nn.pack import Answer
+from gradatim.types import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An example as the model will see it."""
+
+    example: Example
+    chosen: Answer | None
+    rejected: Answer | None
+    truncated: bool  # its prompt lost its left end
+    replayed: bool = False
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [a for a in (self.chosen, self.rejected) if a is not None]
+
+
+def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = False) -> Item | str:
+    """The example cut to ``max_length`` tokens from the left, or the reason why it cannot be used."""
+    longest = max(len(example.chosen_ids), len(example.rejected_ids))
+    if not longest:
+        return "it has no answer"
+    if not example.prompt_ids:
+        return "it has no prompt"
+    if longest >= max_length:
+        return f"its answer alone has {longest} tokens, and max_length is {max_length}"
+    for i in (*example.prompt_ids, *example.chosen_ids, *example.rejected_ids):
+        if not 0 <= i < vocabulary:
+            return f"token id {i} is outside the vocabulary of {vocabulary}"
+    prompt = example.prompt_ids[-(max_length - longest) :]
+    return Item(
+        example,
+        Answer(prompt, example.chosen_ids) if example.chosen_ids else None,
+        Answer(prompt, example.rejected_ids) if example.rejected_ids else None,
+        len(prompt) < len(example.prompt_ids),
+        replayed,
+    )
+
+
+def steps(new: Sequence[Item], replay: Sequence[Item], config: LearnerConfig, seed: int) -> Iterator[list[Item]]:
+    """The batches of all gradient steps: every new item once an epoch, with the share of replayed ones mixed in."""
+    rng = random.Random(seed)
+    replayed = min(len(replay), round(config.batch * config.replay_share), config.batch - 1)
+    fresh = config.batch - replayed
+    rehearsal = cycle(replay)
+    for _ in range(config.epochs):
+        order = rng.sample(list(new), len(new))
+        count = -(-len(order) // fresh)
+        for k in range(count):  # of nearly equal size, so that no example gets a step to itself
+            yield [*order[k::count], *islice(rehearsal, replayed)]

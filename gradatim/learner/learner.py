@@ -1,0 +1,344 @@
+"""One update: parent adapter + examples -> a new adapter, or the reason why not.
+
+    pair     DPO against the parent + NLL guard on the chosen answer
+    imitate  NLL of the chosen answer
+    avoid    APO-zero on the bad answer, bounded
+
+Everything is relative to the parent, which is the live adapter: its log-probabilities are the reference of DPO and
+the centre of the trust region. The learner keeps nothing between updates that the parent's folder does not hold. It
+knows no store, no stages and no gates.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gradatim.config import LearnerConfig
+from gradatim.errors import AdapterError, LearnerError
+from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
+from gradatim.nn import losses
+from gradatim.nn.base import Base
+from gradatim.nn.lora import (
+    TMP_PREFIX,
+    Lora,
+    LoraWeights,
+    digest,
+    fresh_weights,
+    read_adapter,
+    read_state,
+    write_adapter,
+)
+from gradatim.nn.pack import Scored, packed_tokens, passes, score
+from gradatim.types import Adapter, AdapterId, Example, Update
+
+log = logging.getLogger(__name__)
+
+CLIP_NORM = 1.0
+AVOID_WEIGHT = 0.5  # of a bad answer beside a good one: it says only what not to do
+AVOID_FLOOR_NATS = 4.0  # a bad answer is pushed down by no more than this in one update
+SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
+PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
+ADAM_BETAS = (0.9, 0.999)
+
+
+class _RefusedError(Exception):
+    """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one update has seen and measured so far."""
+
+    new: list[Item]
+    replay: list[Item]
+    dropped: list[str]
+    reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
+    used: set[str] = field(default_factory=set)
+    sums: dict[str, float] = field(default_factory=dict)  # of loss parts
+    counts: Counter[str] = field(default_factory=Counter)  # of their terms
+    steps: int = 0
+    tokens: int = 0
+    packed: int = 0
+    train_s: float = 0.0
+    kl: float = 0.0
+    kl_max: float = 0.0
+    stopped: bool = False
+    grad_norms: list[float] = field(default_factory=list)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+        self.counts[name] += 1
+
+
+class LoraLearner:
+    """A ``protocols.Learner`` that trains a LoRA adapter on a frozen base."""
+
+    def __init__(self, base: Base, config: LearnerConfig, data_dir: Path, name: str) -> None:
+        self._base = base
+        self._config = config
+        self._data_dir = data_dir
+        self._name = name
+        self._trainable: Trainable = trainable(base)
+        torch.set_num_threads(config.threads)
+        for leftover in (data_dir / "adapters").glob(f"{TMP_PREFIX}*"):  # of a process that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def update(
+        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
+    ) -> tuple[Update, Adapter | None]:
+        """Train a child of ``parent``. Refused where no example is usable or a number is not finite.
+
+        LearnerError (AdapterError) where the parent's files are damaged or of another base, or the disk refuses.
+        """
+        started_s = time.monotonic()
+        update_id = f"update-{uuid.uuid4().hex}"
+        run = self._admit(examples, replay)
+        adapter: Adapter | None = None
+        refused = ""
+        extra: dict[str, float] = {}
+        try:
+            if not run.new:
+                reasons = "; ".join(sorted(set(run.dropped))[:3]) or "none was given"
+                raise _RefusedError(f"no usable example: {reasons}")
+            weights, state, extra = self._train(run, parent, step)
+            adapter = self._save(weights, state, parent, step, update_id)
+        except _RefusedError as e:
+            refused = str(e)
+            log.warning("update %s of %s refused: %s", step, parent.id, refused)
+        update = Update(
+            id=update_id,
+            created_at=time.time(),
+            applied=adapter is not None,
+            parent_id=parent.id,
+            adapter_id=adapter.id if adapter else None,
+            example_ids=tuple(i.example.id for i in run.new),
+            replay_ids=tuple(i.example.id for i in run.replay if i.example.id in run.used),
+            kinds=Counter(i.example.origin for i in run.new),
+            metrics=_metrics(run) | extra,
+            refused_because=refused,
+            duration_s=time.monotonic() - started_s,
+        )
+        return update, adapter
+
+    # ------------------------------------------------------------------------------------- what goes in
+
+    def _admit(self, examples: Sequence[Example], replay: Sequence[Example]) -> _Run:
+        run = _Run([], [], [])
+        known = {e.id for e in examples}
+        for example, replayed in [*((e, False) for e in examples), *((e, True) for e in replay if e.id not in known)]:
+            fitted: Item | str = "it is retained for the gate"
+            if not example.retained:
+                fitted = fit(example, self._config.max_length, self._trainable.vocabulary, replayed=replayed)
+            if isinstance(fitted, str):
+                run.dropped.append(fitted)
+                log.warning("example %s is dropped: %s", example.id, fitted)
+            else:
+                (run.replay if replayed else run.new).append(fitted)
+        return run
+
+    def _start(self, parent: Adapter) -> tuple[LoraWeights, Mapping[str, Tensor]]:
+        """The parent's weights and optimiser state; fresh ones for the base."""
+        if parent.base_sha256 != self._base.sha256:
+            raise LearnerError(f"{parent.id} was trained on another base model ({parent.base_sha256[:12]})")
+        if parent.step == 0:
+            config = self._config
+            return fresh_weights(self._base.model, config.rank, config.alpha, config.seed), {}
+        folder = self._data_dir / parent.path
+        weights = read_adapter(folder, parent.sha256)
+        if weights.rank != self._config.rank:
+            log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, self._config.rank)
+        try:
+            return weights, read_state(folder)
+        except AdapterError as e:
+            log.error("the optimiser starts afresh: %s", e)
+            return weights, {}
+
+    # ----------------------------------------------------------------------------------------- training
+
+    def _train(self, run: _Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
+        weights, state = self._start(parent)
+        batches = list(steps(run.new, run.replay, self._config, seed=self._config.seed + 7919 * step))
+        with self._trainable.training(weights) as lora:
+            optimizer = _optimizer(lora, state, self._config.lr)
+            started_s = time.monotonic()
+            self._refer(run, batches[1:], but=batches[0])
+            for batch in batches:
+                if self._step(run, lora, batch):
+                    run.stopped = True
+                    break
+                _descend(run, lora, optimizer, self._config.lr * (0.5 if not state and run.steps == 0 else 1.0))
+            run.train_s = time.monotonic() - started_s
+            made = lora.weights()
+            if made is None or not lora.flat.isfinite().all():
+                raise _RefusedError("the weights are not finite")
+            return made, _state(optimizer, lora), self._probe(run)
+
+    def _refer(self, run: _Run, batches: Sequence[Sequence[Item]], but: Sequence[Item]) -> None:
+        """The parent's log-probabilities, once, of all that is compared with it. The first batch needs no pass of
+        its own: when it is trained on, the weights still are the parent's."""
+        later = {i.example.id: i for batch in batches for i in batch}
+        for item in but:
+            later.pop(item.example.id, None)
+        items = [i for i in later.values() if i.replayed or i.rejected is not None]
+        scored = self._trainable.score([a for i in items for a in i.answers])
+        for item in items:
+            run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
+
+    def _step(self, run: _Run, lora: Lora, batch: Sequence[Item]) -> bool:
+        """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
+        lora.zero_grad()
+        drift: list[Tensor] = []
+        for members in passes([i.answers for i in batch], PASS_TOKENS):
+            items = [batch[m] for m in members]
+            answers = [a for i in items for a in i.answers]
+            scored = score(self._trainable.model, answers)
+            run.tokens += sum(len(a.fed) for a in answers)
+            run.packed += packed_tokens(answers)
+            total = torch.zeros((), device=self._base.device)
+            for item in items:
+                mine = [scored.pop(0) for _ in item.answers]
+                reference = run.reference.setdefault(item.example.id, [s.logprobs.detach() for s in mine])
+                total = total + item.example.weight * self._loss(run, item, mine, reference)
+                if item.replayed and item.chosen is not None:
+                    drift.append(losses.kl_forward(mine[0].logprobs.detach(), reference[0]))
+            if not total.isfinite():
+                raise _RefusedError("the loss is not finite")
+            (total / len(batch)).backward()  # type: ignore[no-untyped-call]
+            run.used.update(i.example.id for i in items)
+        run.kl = float(torch.cat(drift).mean()) if drift else 0.0
+        run.kl_max = max(run.kl_max, run.kl)
+        return run.kl > self._config.kl_limit
+
+    def _loss(self, run: _Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
+        """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
+        beta = self._config.beta
+        if item.chosen is None:
+            bad = AVOID_WEIGHT * losses.avoid(mine[0].total, reference[0].sum(), beta, AVOID_FLOOR_NATS)
+            run.add("loss_avoid", bad)
+            return bad
+        nll = losses.nll(mine[0].total, torch.tensor(float(len(mine[0].logprobs))))
+        if item.rejected is None:
+            run.add("loss_imitate", nll)
+            return nll
+        run.add("loss_nll", nll)
+        before = [r.sum() for r in reference]
+        if before[0] - before[1] > SETTLED_NATS:
+            run.add("settled", torch.ones(()))
+            return self._config.nll * nll
+        dpo = losses.dpo(mine[0].total, mine[1].total, before[0], before[1], beta)
+        run.add("loss_dpo", dpo)
+        return dpo + self._config.nll * nll
+
+    def _probe(self, run: _Run) -> dict[str, float]:
+        """Some new examples, before and after: did it learn them?"""
+        seen = [i for i in run.new if i.example.id in run.reference]
+        items = seen[:: -(-len(seen) // PROBE_EXAMPLES) or 1]
+        scored = self._trainable.score([a for i in items for a in i.answers])
+        after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
+        return _summary(items, run.reference, "before") | _summary(items, after, "after")
+
+    # ------------------------------------------------------------------------------------ what comes out
+
+    def _save(
+        self, weights: LoraWeights, state: Mapping[str, Tensor], parent: Adapter, step: int, update_id: str
+    ) -> Adapter:
+        sha = digest(weights)
+        path = f"adapters/{self._name.replace('/', '_')}@{step}-{sha[:12]}"
+        base_name = str(getattr(self._base.model.config, "_name_or_path", "")) or "base"
+        write_adapter(self._data_dir / path, weights, weights.scaling * weights.rank, base_name, state)
+        return Adapter(
+            id=AdapterId(f"{self._name}@{step}"),
+            name=self._name,
+            step=step,
+            base_sha256=self._base.sha256,
+            parent_id=parent.id,
+            sha256=sha,
+            path=path,
+            created_at=time.time(),
+            update_id=update_id,
+        )
+
+
+# -------------------------------------------------------------------------------------------- optimiser
+
+
+def _optimizer(lora: Lora, state: Mapping[str, Tensor], lr: float) -> torch.optim.AdamW:
+    """AdamW without weight decay, going on from the parent's state where there is one that fits."""
+    optimizer = torch.optim.AdamW([lora.flat], lr=lr, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
+    if state:
+        try:
+            moments = {k: state[k].to(lora.flat).reshape_as(lora.flat) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[lora.flat] = {"step": state["step"].to(lora.flat.device, torch.float32), **moments}
+        except (KeyError, RuntimeError) as e:
+            log.error("the optimiser starts afresh: its saved state does not fit: %s", e)
+    return optimizer
+
+
+def _state(optimizer: torch.optim.AdamW, lora: Lora) -> dict[str, Tensor]:
+    """The optimiser's state to save; its moments in bf16, as their third digit does not matter."""
+    state = optimizer.state.get(lora.flat)
+    if not state:
+        return {}
+    moments = {k: state[k].to("cpu", torch.bfloat16) for k in ("exp_avg", "exp_avg_sq")}
+    return {"step": state["step"].cpu(), **moments}
+
+
+def _descend(run: _Run, lora: Lora, optimizer: torch.optim.AdamW, lr: float) -> None:
+    norm = float(torch.nn.utils.clip_grad_norm_([lora.flat], CLIP_NORM))
+    if not math.isfinite(norm):
+        raise _RefusedError("the gradient is not finite")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    run.grad_norms.append(norm)
+    run.steps += 1
+
+
+# ---------------------------------------------------------------------------------------------- metrics
+
+
+def _summary(items: Sequence[Item], logprobs: Mapping[str, Sequence[Tensor]], when: str) -> dict[str, float]:
+    """Mean log-probability per token of chosen and rejected answers, and how often the chosen one is likelier."""
+    chosen = [float(logprobs[i.example.id][0].mean()) for i in items if i.chosen is not None]
+    rejected = [float(logprobs[i.example.id][-1].mean()) for i in items if i.rejected is not None]
+    wins = [
+        float(logprobs[i.example.id][0].sum() > logprobs[i.example.id][1].sum())
+        for i in items
+        if i.chosen is not None and i.rejected is not None
+    ]
+    named = {"chosen_logprob": chosen, "rejected_logprob": rejected, "pair_accuracy": wins}
+    return {f"{name}_{when}": sum(values) / len(values) for name, values in named.items() if values}
+
+
+def _metrics(run: _Run) -> dict[str, float]:
+    kinds = Counter(i.example.kind for i in run.new)
+    out: dict[str, float] = {name: run.sums[name] / run.counts[name] for name in run.sums if name != "settled"}
+    out |= {
+        "settled": run.counts["settled"],
+        "pairs": kinds["pair"],
+        "imitated": kinds["imitate"],
+        "avoided": kinds["avoid"],
+        "dropped": len(run.dropped),
+        "truncated": sum(i.truncated for i in (*run.new, *run.replay)),
+        "steps": run.steps,
+        "tokens": run.tokens,
+        "packed_tokens": run.packed,
+        "tokens_per_s": run.tokens / run.train_s if run.train_s else 0.0,
+        "kl": run.kl,
+        "kl_max": run.kl_max,
+        "stopped_early": float(run.stopped),
+        "grad_norm": sum(run.grad_norms) / len(run.grad_norms) if run.grad_norms else 0.0,
+    }
+    return {name: float(value) for name, value in out.items() if math.isfinite(value)}

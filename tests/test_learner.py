@@ -1,0 +1,197 @@
+"""Updates of a tiny model: what they learn, refuse, keep and leave behind."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gradatim.config import LearnerConfig
+from gradatim.errors import AdapterError, LearnerError
+from gradatim.learner import learner as learning
+from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.learner import LoraLearner
+from gradatim.learner.scorer import TorchScorer
+from gradatim.nn.lora import STATE_FILE, TMP_PREFIX
+from gradatim.testing.learner import LEARNER_CHECKS, Check
+from gradatim.types import Adapter, Example, Update
+from tests import records
+from tests.tiny import VOCABULARY, tiny_base
+
+CONFIG = LearnerConfig(rank=4, alpha=8, lr=1e-2, epochs=6, batch=4, max_length=64)
+PROMPT = (1, 2, 3, 4)
+
+
+def base_adapter() -> Adapter:
+    return records.adapter(0, base_sha256=tiny_base().sha256, sha256=tiny_base().sha256)
+
+
+def factory(folder: Path) -> tuple[LoraLearner, TorchScorer, Adapter]:
+    return learner(folder), TorchScorer(tiny_base(), CONFIG, folder), base_adapter()
+
+
+def learner(folder: Path, **changes: Any) -> LoraLearner:
+    return LoraLearner(tiny_base(), replace(CONFIG, **changes), folder, "agent")
+
+
+def pair(number: int = 1, **given: Any) -> Example:
+    filled: dict[str, Any] = {"chosen_ids": (10, 11), "rejected_ids": (12, 13, 14), "origin": "correction"}
+    return records.example(f"pair-{number}", **({"prompt_ids": (*PROMPT, number)} | filled | given))
+
+
+def imitate(number: int = 1, **given: Any) -> Example:
+    return pair(number, **({"rejected_ids": ()} | given))
+
+
+def applied(made: tuple[Update, Adapter | None]) -> tuple[Update, Adapter]:
+    update, adapter = made
+    assert adapter is not None, update.refused_because
+    return update, adapter
+
+
+@pytest.mark.parametrize("check", LEARNER_CHECKS, ids=lambda c: c.__name__)
+def test_conformance(check: Check, tmp_path: Path) -> None:
+    check(factory, tmp_path)
+
+
+def test_a_pair_raises_the_chosen_answer_over_the_rejected_one(tmp_path: Path) -> None:
+    update, _ = applied(learner(tmp_path, nll=1.0).update([pair(1), pair(2)], [], base_adapter(), 1))
+    m = update.metrics
+    assert m["chosen_logprob_after"] > m["chosen_logprob_before"] + 1.0
+    assert (
+        m["chosen_logprob_after"] - m["rejected_logprob_after"]
+        > m["chosen_logprob_before"] - m["rejected_logprob_before"]
+    )
+    assert m["pair_accuracy_after"] == 1.0
+    assert m["pairs"] == 2 and m["steps"] == 6 and update.kinds == {"correction": 2}
+    assert m["packed_tokens"] < m["tokens"]
+
+
+def test_an_answer_to_avoid_loses_little_more_than_the_floor(tmp_path: Path) -> None:
+    bad = pair(chosen_ids=(), rejected_ids=(12, 13))
+    update, _ = applied(learner(tmp_path, epochs=60, beta=0.5).update([bad], [], base_adapter(), 1))
+    lost = 2 * (update.metrics["rejected_logprob_before"] - update.metrics["rejected_logprob_after"])
+    assert 1.0 < lost < learning.AVOID_FLOOR_NATS + 8.0  # momentum carries it on for some steps
+
+
+def test_a_settled_pair_is_only_imitated(tmp_path: Path) -> None:
+    teacher = learner(tmp_path, epochs=40, nll=1.0, beta=0.5)
+    _, parent = applied(teacher.update([pair()], [], base_adapter(), 1))
+    update, _ = applied(teacher.update([pair()], [], parent, 2))
+    assert update.metrics["settled"] > 0 and "loss_dpo" not in update.metrics
+
+
+def test_drift_on_replayed_answers_ends_the_update_early(tmp_path: Path) -> None:
+    replay = [imitate(9, chosen_ids=(20, 21), weight=1e-6)]
+    new = [imitate(n, prompt_ids=(*PROMPT, 9), chosen_ids=(40, 41)) for n in range(1, 4)]
+    free, _ = applied(learner(tmp_path / "free", kl_limit=1e9, epochs=20).update(new, replay, base_adapter(), 1))
+    held, _ = applied(learner(tmp_path / "held", kl_limit=0.2, epochs=20).update(new, replay, base_adapter(), 1))
+    assert held.metrics["stopped_early"] == 1.0 and free.metrics["stopped_early"] == 0.0
+    assert 0 < held.metrics["steps"] < free.metrics["steps"] == 20
+    assert free.metrics["kl_max"] > held.metrics["kl_max"] > 0.2
+    assert held.replay_ids == ("pair-9",)
+
+
+def test_bad_examples_are_dropped_and_the_rest_is_learned(tmp_path: Path) -> None:
+    bad = [
+        pair(2, chosen_ids=(VOCABULARY,)),
+        pair(3, chosen_ids=(), rejected_ids=()),
+        pair(4, chosen_ids=(1,) * 70),
+        pair(5, retained=True),
+    ]
+    update, _ = applied(learner(tmp_path).update([pair(1), *bad], [], base_adapter(), 1))
+    assert update.example_ids == ("pair-1",) and update.metrics["dropped"] == 4
+
+
+def test_the_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
+    update, adapter = learner(tmp_path).update([pair(chosen_ids=(5, 123456))], [], base_adapter(), 1)
+    assert adapter is None and "123456" in update.refused_because
+
+
+def test_a_long_prompt_loses_its_left_end(tmp_path: Path) -> None:
+    update, _ = applied(learner(tmp_path).update([pair(prompt_ids=(7,) * 500)], [], base_adapter(), 1))
+    assert update.metrics["truncated"] == 1.0
+    fitted = fit(pair(prompt_ids=tuple(range(90))), 64, VOCABULARY)
+    assert isinstance(fitted, Item) and fitted.chosen is not None
+    assert fitted.chosen.prompt_ids == tuple(range(29, 90)) and fitted.truncated
+
+
+def test_what_is_not_finite_is_refused_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = learner(tmp_path, lr=float("inf"))
+    update, adapter = subject.update([pair()], [], base_adapter(), 1)
+    assert adapter is None and "not finite" in update.refused_because
+    assert not (tmp_path / "adapters").exists()
+    assert all(v == v for v in update.metrics.values())
+    again, _ = applied(learner(tmp_path).update([pair()], [], base_adapter(), 1))
+    assert again.applied  # the shared model was left clean
+
+
+def test_damaged_and_foreign_parents_break_the_update(tmp_path: Path) -> None:
+    subject = learner(tmp_path)
+    _, parent = applied(subject.update([pair()], [], base_adapter(), 1))
+    with pytest.raises(LearnerError, match="another base"):
+        subject.update([pair()], [], replace(parent, base_sha256="other"), 2)
+    shutil.rmtree(tmp_path / parent.path)
+    with pytest.raises(AdapterError, match="cannot read"):
+        subject.update([pair()], [], parent, 2)
+
+
+def test_the_optimisers_state_goes_on_and_a_damaged_one_starts_afresh(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = learner(tmp_path)
+    _, parent = applied(subject.update([pair()], [], base_adapter(), 1))
+    _, child = applied(subject.update([pair(2)], [], parent, 2))
+    (tmp_path / parent.path / STATE_FILE).write_bytes(b"junk")
+    with caplog.at_level(logging.ERROR):
+        _, other = applied(subject.update([pair(2)], [], parent, 3))
+    assert "starts afresh" in caplog.text
+    assert other.sha256 != child.sha256
+
+
+def test_leftovers_of_a_killed_write_are_swept(tmp_path: Path) -> None:
+    leftover = tmp_path / "adapters" / f"{TMP_PREFIX}agent@1-abc-99"
+    leftover.mkdir(parents=True)
+    learner(tmp_path)
+    assert not leftover.exists()
+
+
+def test_steps_visit_every_new_example_once_an_epoch_with_replay_mixed_in() -> None:
+    def items(examples: list[Example]) -> list[Item]:
+        return [i for e in examples if isinstance(i := fit(e, 64, VOCABULARY), Item)]
+
+    new, replay = items([pair(n) for n in range(5)]), items([pair(n) for n in range(10, 13)])
+    batches = list(steps(new, replay, replace(CONFIG, epochs=2, batch=4, replay_share=0.5), seed=0))
+    visits = [i.example.id for b in batches for i in b if i in new]
+    assert sorted(visits) == sorted(2 * [i.example.id for i in new])
+    assert all(sum(i in replay for i in b) == 2 and len(b) <= 4 for b in batches)
+    assert len(list(steps(new[:1], [], CONFIG, seed=0))) == CONFIG.epochs
+
+
+def test_scores_are_cached_by_weights_and_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scorer, base = factory(tmp_path)
+    first = scorer.score(base, [pair(1), pair(2), pair(1)])
+    assert first[0] == first[2] and first[0].logprob < 0.0
+    monkeypatch.setattr(scorer._trainable, "score", lambda _answers: pytest.fail("scored again"))
+    assert scorer.score(base, [pair(2)]) == [first[1]]
+
+
+def test_the_scorer_refuses_what_it_cannot_score(tmp_path: Path) -> None:
+    _, scorer, base = factory(tmp_path)
+    with pytest.raises(LearnerError, match="no chosen answer"):
+        scorer.score(base, [pair(chosen_ids=())])
+    with pytest.raises(AdapterError, match="another base"):
+        scorer.score(replace(base, base_sha256="other"), [pair()])
+
+
+def test_an_update_between_two_scores_does_not_leak_into_the_base(tmp_path: Path) -> None:
+    subject, scorer, base = factory(tmp_path)
+    before = scorer.score(base, [pair(1)])[0]
+    subject.update([pair(1)], [], base, 1)
+    assert TorchScorer(tiny_base(), CONFIG, tmp_path).score(base, [pair(1)])[0] == before
+    assert torch.get_num_threads() == CONFIG.threads
