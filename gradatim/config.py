@@ -61,7 +61,7 @@ class LearnerConfig:
     alpha: int = 32
     lr: float = 4e-4
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
-    nll: float = 0.2  # weight of the guard against a chosen answer losing likelihood
+    nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     kl_limit: float = 0.5  # nats a token between candidate and live on replayed prompts, ends an update early
     epochs: int = 2  # passes over the new examples in one update
     batch: int = 8  # examples in one gradient step, replay included

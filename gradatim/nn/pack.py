@@ -381,13 +381,21 @@ def passes(groups: Sequence[Sequence[Answer]], budget_tokens: int) -> list[list[
 
 
 def check_model(model: Any) -> None:
-    """ModelError where the packed pass does not give this model's own log-probabilities."""
-    answers = [Answer((1, 2, 3), (4, 5)), Answer((1, 2, 3), (6, 7)), Answer((1, 2), (8,))]
+    """ModelError where the packed pass does not give this model's own log-probabilities.
+
+    In 16 bits single tokens of either pass are off by some tenths of a nat, so their mean distance is judged.
+    """
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    ids = [7919 * i % vocabulary for i in range(1, 14)]  # ordinary tokens: the first few of a vocabulary are special
+    answers = [
+        Answer((*ids[:5],), (*ids[5:8],)),
+        Answer((*ids[:5],), (*ids[8:11],)),
+        Answer((*ids[:3],), (*ids[11:],)),
+    ]
     with torch.no_grad():
         ours = torch.cat(logprobs(model, answers))
         own = torch.cat([_plain(model, a) for a in answers])
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
-    if not torch.allclose(ours, own, atol=tolerance):
+    if not (ours - own).abs().mean() < (1e-3 if model.dtype == torch.float32 else 0.3):
         raise ModelError(
             f"{type(model).__name__} computes its attention or its output head in a way that training does not know"
         )

@@ -1,0 +1,66 @@
+"""What an operator may see and do: the Admin that a server is given. With a server it acts on its traffic at once.
+
+Knows the store and the moves; knows nothing of HTTP, and decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gradatim.app import report
+from gradatim.config import Config
+from gradatim.release.traffic import promote, rollback
+from gradatim.store import SqlStore
+from gradatim.types import AdapterId, Move, Stage
+
+
+class Administration:
+    """``loop`` tells how the loop process is; ``turn_to`` returns once the server follows the stages as they are."""
+
+    def __init__(
+        self, config: Config, store: SqlStore, *, loop: Callable[[], Mapping[str, Any]], turn_to: Callable[[], None]
+    ) -> None:
+        self._config, self._store, self._loop, self._turn_to = config, store, loop, turn_to
+        self._latencies = report.Latencies(store)
+
+    def adapters(self) -> Sequence[Mapping[str, Any]]:
+        return report.adapters(self._store, self._config.name)
+
+    def status(self) -> Mapping[str, Any]:
+        told = report.learning(self._store, self._config)
+        return {
+            "name": self._config.name,
+            "model": self._config.model,
+            **told,
+            "feedback_to_live_s": self._latencies.newest(),
+            "loop": dict(self._loop()),
+        }
+
+    def rollback(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        """Of a live or canary adapter: take it off users; after a live one, its newest ancestor that was live answers.
+        Of an earlier one: take the live one off, and go back to this."""
+        name, stage = self._config.name, self._store.stages(self._config.name).get(adapter_id)
+        if stage is Stage.CANARY:
+            self._end_canary(adapter_id, actor, reason or "rolled back")
+        else:
+            to = None if stage is Stage.LIVE else adapter_id
+            rollback(self._store, name, to, actor=actor, reason=reason)
+        return self._now()
+
+    def promote(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        promote(self._store, self._config.name, adapter_id, actor=actor, reason=reason)
+        return self._now()
+
+    def _end_canary(self, adapter_id: AdapterId, actor: str, reason: str) -> None:
+        before, after = Stage.CANARY, Stage.ROLLED_BACK
+        self._store.move(
+            Move(adapter_id=adapter_id, created_at=time.time(), before=before, after=after, actor=actor, reason=reason)
+        )
+
+    def _now(self) -> Mapping[str, Any]:
+        """Durable first, then routed: when this returns, the next request goes to the adapter it names."""
+        self._turn_to()
+        stages = self._store.stages(self._config.name)
+        return {"live": next((a for a, s in stages.items() if s is Stage.LIVE), None)}

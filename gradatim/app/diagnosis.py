@@ -1,0 +1,191 @@
+"""Whether it is learning, from what, and why not when it is not. Facts in, findings out: it looks at nothing itself.
+
+A finding is ``good``, ``info`` (nothing to do), ``wait`` (nothing is wrong, something must come first) or ``bad``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gradatim.config import Config
+
+Level = Literal["good", "info", "wait", "bad"]
+_LOW_DISK_BYTES = 1 * 2**30
+_NO_DISK_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at."""
+
+    about: str
+    level: Level
+    detail: str
+    way_out: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was seen. ``learning`` is ``report.learning``; ``loop`` is the server's word on its loop process."""
+
+    config: Config
+    has_store: bool
+    free_bytes: int
+    server_pid: int | None
+    server_url: str | None
+    ready: bool
+    loop: Mapping[str, Any] | None
+    learning: Mapping[str, Any] | None
+    chromium: bool
+
+
+def findings(facts: Facts) -> list[Finding]:
+    """Everything worth saying, in the order of the flow."""
+    return [
+        *_directory(facts),
+        *_server(facts),
+        *_loop(facts),
+        *(_learning(facts, facts.learning) if facts.learning else ()),
+        *_demo(facts),
+    ]
+
+
+def summary(facts: Facts, found: list[Finding]) -> str:
+    """One sentence: it is learning, or the first reason why not."""
+    obstacle = next((f for f in found if f.level == "bad"), None) or next((f for f in found if f.level == "wait"), None)
+    live = facts.learning["live"] if facts.learning else None
+    learned = live is not None and not live.endswith("@0")
+    if obstacle is None:
+        return f"It is learning: {live} is live." if learned else "Everything is in place; nothing was learned yet."
+    if learned and obstacle.level == "wait":
+        return f"It is learning: {live} is live. Now: {obstacle.detail}"
+    return f"It is not learning: {obstacle.detail}"
+
+
+def _directory(facts: Facts) -> Iterator[Finding]:
+    where = facts.config.data_dir
+    if not facts.has_store:
+        yield Finding("data", "wait", f"{where} holds no records yet", "gradatim serve")
+    if facts.free_bytes < _NO_DISK_BYTES:
+        yield Finding("disk", "bad", f"the disk of {where} is full", "free some space: writes are refused until then")
+    elif facts.free_bytes < _LOW_DISK_BYTES:
+        yield Finding(
+            "disk", "info", f"{facts.free_bytes / 2**20:.0f} MiB are free on the disk of {where}", "free some space"
+        )
+    else:
+        yield Finding("disk", "good", f"{facts.free_bytes / 2**30:.0f} GiB free")
+
+
+def _server(facts: Facts) -> Iterator[Finding]:
+    if facts.server_pid is None:
+        yield Finding("server", "wait", "no server runs on this data directory", "gradatim serve")
+    elif facts.server_url is None:
+        yield Finding("server", "wait", f"the server (pid {facts.server_pid}) is starting", "wait a few seconds")
+    elif not facts.ready:
+        yield Finding(
+            "server", "bad", f"{facts.server_url} does not answer", f"kill {facts.server_pid} and start it again"
+        )
+    else:
+        yield Finding("server", "good", f"{facts.server_url}/v1 answers (pid {facts.server_pid})")
+
+
+def _loop(facts: Facts) -> Iterator[Finding]:
+    if not facts.config.learn:
+        yield Finding("loop", "wait", "learning is switched off (learn = false)", "serve without --no-learn")
+        return
+    loop = facts.loop
+    if loop is None:
+        return
+    log = facts.config.data_dir / "loop.log"
+    if loop["state"] == "off":
+        yield Finding("loop", "wait", "the server was started with --no-learn", "serve without --no-learn")
+    elif loop["state"] == "waiting":
+        yield Finding(
+            "loop",
+            "bad",
+            f"the loop process died with {loop.get('last_exit')} and is started again ({loop['restarts']} restarts)",
+            f"see {log}",
+        )
+    elif loop.get("does") == "failing":
+        yield Finding("loop", "bad", f"its turns fail: {loop.get('error', '')}", f"see {log}")
+    else:
+        again = f", restarted {loop['restarts']} times" if loop["restarts"] else ""
+        yield Finding("loop", "good", f"{loop.get('does', 'running')} (pid {loop.get('pid')}{again})")
+
+
+def _learning(facts: Facts, learning: Mapping[str, Any]) -> Iterator[Finding]:
+    yield _feedback(learning)
+    if learning["records"]["feedback"]:
+        yield _judged(learning)
+        yield _examples(facts.config, learning)
+        yield from _updates(learning)
+
+
+def _feedback(learning: Mapping[str, Any]) -> Finding:
+    if learning["records"]["feedback"] == 0:
+        return Finding("feedback", "wait", "no feedback has come yet", "gradatim feedback send RESPONSE_ID --score 1")
+    return Finding("feedback", "good", f"{learning['records']['feedback']} records")
+
+
+def _judged(learning: Mapping[str, Any]) -> Finding:
+    judged, abstained = learning["judged_recently"], learning["abstained_recently"]
+    if judged == 0:
+        return Finding(
+            "rewards", "wait", f"{learning['unjudged']} episodes wait to be judged", "they settle in seconds"
+        )
+    reasons = "; ".join(f"{n} times {reason}" for reason, n in learning["abstained_because"].items())
+    if judged == abstained:
+        return Finding(
+            "rewards",
+            "wait",
+            f"the last {judged} judgements all abstained: {reasons}",
+            "send clearer feedback, or weigh its source higher ([reward] in gradatim.toml)",
+        )
+    detail = f"{judged - abstained} of the last {judged} episodes were judged"
+    return Finding("rewards", "good", detail + (f"; the others: {reasons}" if abstained else ""))
+
+
+def _examples(config: Config, learning: Mapping[str, Any]) -> Finding:
+    waiting, wanted = learning["waiting_examples"], config.learner.min_examples
+    if waiting == 0:
+        return Finding("examples", "info", "none wait: all that was judged has been learned from")
+    if waiting < wanted:
+        detail = f"{waiting} of {wanted} examples wait for an update, for {config.learner.max_wait_s:g} s at most"
+        return Finding("examples", "wait", detail, "gradatim learn --once does it now, where no server runs")
+    return Finding("examples", "good", f"{waiting} wait for the next update")
+
+
+def _updates(learning: Mapping[str, Any]) -> Iterator[Finding]:
+    last = learning["last_update"]
+    refused = learning["refused_recently"]
+    if last is None:
+        return
+    ago_s = max(0.0, time.time() - last["at"])
+    made = f"{learning['applied_recently']} of the last {learning['updates_recently']} updates made an adapter"
+    yield Finding(
+        "updates", "good" if learning["applied_recently"] else "bad", f"{made}; the last one {ago_s:.0f} s ago"
+    )
+    if refused:
+        newest = refused[0]
+        level: Level = "bad" if newest["at"] >= last["at"] and len(refused) >= 3 else "info"
+        yield Finding(
+            "gate",
+            level,
+            f"{len(refused)} refused; last {newest['what']} by {newest['by']}: {newest['reason']}",
+            f"gradatim adapters show {newest['what']}" if "gate" in newest["by"] else "",
+        )
+    if learning["live"]:
+        yield Finding("live", "good", f"{learning['live']}, one of {learning['adapters']} versions")
+
+
+def _demo(facts: Facts) -> Iterator[Finding]:
+    if not facts.chromium:
+        yield Finding(
+            "demo",
+            "info",
+            "Chromium is missing, which only the demo needs",
+            "sudo sh scripts/install_system.sh, or gradatim demo --browser-free",
+        )

@@ -1,0 +1,92 @@
+"""The loop process beside a server (``follow``), and one turn of the same loop by hand (``once``).
+
+Either holds the loop's lock, so that one data directory never learns twice at a time. A turn that fails is logged,
+shown and tried again later; it never touches serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from gradatim import config as configuration
+from gradatim.app import compose, report
+from gradatim.app.home import Home
+from gradatim.app.supervisor import die_with_parent, step_back
+from gradatim.config import Config
+from gradatim.errors import GradatimError, StoreError
+
+log = logging.getLogger(__name__)
+
+_HEARTBEAT_S = 2.0
+_LONGEST_PAUSE_S = 60.0
+
+
+def handover(config: Config, parent_pid: int) -> bytes:
+    """What the server tells its loop process over stdin; never in its arguments, and without the API key."""
+    plain = asdict(replace(config, server=replace(config.server, api_key="")))
+    return json.dumps({"parent": parent_pid, "config": plain}, default=str).encode()
+
+
+def take_over() -> Config:
+    """The other end of ``handover``; binds this process's life to the server's."""
+    told = json.loads(sys.stdin.buffer.read())
+    die_with_parent(told["parent"])
+    return configuration.load(overrides=told["config"], env={})
+
+
+def follow(config: Config) -> None:
+    """Learn for as long as the server lives."""
+    step_back()
+    home = Home(Path(config.data_dir))
+    with home.lock("loop", wait_s=10.0):  # of the loop before, should it still be dying
+        home.say("loop", {"state": "starting"})
+        base = compose.build_base(config)
+        loop = compose.build_loop(config, compose.build_store(home), base)
+        turn_for_ever(loop.turn, home, config.loop.poll_s)
+
+
+def turn_for_ever(turn: Callable[[], bool], home: Home, poll_s: float) -> None:
+    turns = failures = 0
+    said_at = 0.0
+    facts: Mapping[str, Any] = {}
+    while True:
+        try:
+            worked = turn()
+            turns, failures, pause_s = turns + worked, 0, 0.0 if worked else poll_s
+            facts = {"state": "working" if worked else "idle", "turns": turns}
+        except GradatimError as e:
+            failures += 1
+            log.error("a turn of the loop failed: %s", e, exc_info=not isinstance(e, StoreError))
+            worked, pause_s = True, min(2.0**failures, _LONGEST_PAUSE_S)
+            facts = {"state": "failing", "turns": turns, "failures": failures, "error": str(e)}
+        if worked or time.monotonic() - said_at > _HEARTBEAT_S:
+            home.say("loop", facts)
+            said_at = time.monotonic()
+        time.sleep(pause_s)
+
+
+def once(config: Config) -> dict[str, Any]:
+    """Judge everything, make one update and let the gates decide on it. InUseError while a loop process runs.
+
+    Returns ``{"update", "verdicts", "stage"}``; the update is None when there was nothing to learn from.
+    """
+    home = Home(Path(config.data_dir))
+    home.prepare()
+    with home.lock("loop"):
+        base = compose.build_base(config)
+        with compose.build_store(home) as store:
+            compose.register_base(store, config, base.sha256)
+            before = store.end()
+            loop = compose.build_loop(config, store, base)
+            while loop.turn(flush=True):
+                made = report.decision(store, config.name, before)
+                if made["update"] is not None and made["stage"] != "candidate":
+                    break
+            return report.decision(store, config.name, before)

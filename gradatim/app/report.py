@@ -1,0 +1,237 @@
+"""What the records say, as plain values for people and machines: every adapter's story, and where learning stands.
+
+Reads the store and changes nothing. It knows neither HTTP nor a model, so it answers with or without a server.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from gradatim.config import Config
+from gradatim.loop import JUDGED, LEARNED
+from gradatim.store import SqlStore
+from gradatim.types import (
+    ON_THE_WAY,
+    Adapter,
+    AdapterId,
+    Example,
+    Feedback,
+    Move,
+    Record,
+    Reward,
+    Stage,
+    Update,
+    Verdict,
+)
+
+R = TypeVar("R", bound=Record)
+Json = dict[str, Any]
+_ALL = 1_000_000
+_MOST_CASES = 1000  # unjudged episodes that are counted
+
+
+def newest(store: SqlStore, kind: type[R], limit: int) -> list[R]:
+    """The last records of a kind, newest first, in a few small reads however long the log is."""
+    end = store.end()
+    window = 4 * limit
+    while True:
+        rows = [r for _, r in store.read(kind, after=max(0, end - window), limit=window)]
+        if len(rows) >= limit or window >= end:
+            return rows[::-1][:limit]
+        window *= 4
+
+
+def adapters(store: SqlStore, name: str) -> list[Json]:
+    """Every version of a name, oldest first, with its stage, what made it, what judged it and every move."""
+    stages = store.stages(name)
+    updates = {u.id: u for _, u in store.read(Update, limit=_ALL)}
+    verdicts = _by_adapter(v for _, v in store.read(Verdict, limit=_ALL))
+    moves = _by_adapter(m for _, m in store.read(Move, limit=_ALL))
+    return [
+        _adapter(a, stages[a.id], updates.get(a.update_id), verdicts[a.id], moves[a.id])
+        for _, a in store.read(Adapter, limit=_ALL, name=name)
+        if a.id in stages
+    ]
+
+
+V = TypeVar("V", Verdict, Move)
+
+
+def _by_adapter(records: Iterable[V]) -> Mapping[AdapterId, list[V]]:
+    out: dict[AdapterId, list[V]] = defaultdict(list)
+    for record in records:
+        out[record.adapter_id].append(record)
+    return out
+
+
+def _adapter(
+    adapter: Adapter, stage: Stage, update: Update | None, verdicts: Sequence[Verdict], moves: Sequence[Move]
+) -> Json:
+    return {
+        "id": adapter.id,
+        "stage": stage.value,
+        "step": adapter.step,
+        "parent": adapter.parent_id,
+        "sha256": adapter.sha256,
+        "base_sha256": adapter.base_sha256,
+        "created_at": adapter.created_at,
+        "update": update_row(update) if update else None,
+        "verdicts": [_verdict(v) for v in verdicts],
+        "moves": [_move(m) for m in moves],
+    }
+
+
+def _verdict(verdict: Verdict) -> Json:
+    return {
+        "gate": verdict.gate,
+        "decision": verdict.decision.value,
+        "against": list(verdict.against),
+        "reason": verdict.reason,
+        "evidence": dict(verdict.evidence),
+        "at": verdict.created_at,
+    }
+
+
+def _move(move: Move) -> Json:
+    return {
+        "before": move.before and move.before.value,
+        "after": move.after.value,
+        "actor": move.actor,
+        "reason": move.reason,
+        "at": move.created_at,
+    }
+
+
+def update_row(update: Update) -> Json:
+    return {
+        "id": update.id,
+        "at": update.created_at,
+        "applied": update.applied,
+        "adapter": update.adapter_id,
+        "parent": update.parent_id,
+        "n_examples": len(update.example_ids),
+        "n_replayed": len(update.replay_ids),
+        "kinds": dict(update.kinds),
+        "metrics": dict(update.metrics),
+        "refused_because": update.refused_because,
+        "duration_s": update.duration_s,
+    }
+
+
+def feedback_row(feedback: Feedback) -> Json:
+    return {
+        "id": feedback.id,
+        "at": feedback.created_at,
+        "kind": feedback.kind,
+        "source": feedback.source,
+        "episode": feedback.episode_id,
+        "response": feedback.step_id,
+        "value": feedback.value,
+        "correction": feedback.correction,
+        "comment": feedback.comment,
+        "retracted": feedback.retracted,
+    }
+
+
+def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
+    """Where the loop stands on what it was told. ``..._recently``: among the newest ``recent`` records of a kind.
+
+    ``learning`` is true while there is work that the loop is at, or will take up by itself at once.
+    """
+    stages, records = store.stages(config.name), store.counts()
+    rewards, updates = newest(store, Reward, recent), newest(store, Update, recent)
+    abstained = [r for r in rewards if r.value is None]
+    unjudged = len(store.cases(after=store.cursor(JUDGED), limit=_MOST_CASES))
+    waiting = _waiting(store)
+    ripe = len(waiting) >= config.learner.min_examples or any(
+        time.time() - e.created_at >= config.learner.max_wait_s for e in waiting
+    )
+    applied = _applied(store)
+    return {
+        "live": next((a for a, s in stages.items() if s is Stage.LIVE), None),
+        "learning": bool(unjudged or ripe or any(s in ON_THE_WAY for s in stages.values())),
+        "waiting_feedback": unjudged,
+        "waiting_examples": len(waiting),
+        "updates_applied": applied,
+        "updates_refused": records["updates"] - applied,
+        "candidates_refused": sum(s is Stage.REJECTED for s in stages.values()),
+        "adapters": len(stages),
+        "records": records,
+        "judged_recently": len(rewards),
+        "abstained_recently": len(abstained),
+        "abstained_because": dict(Counter(r.reason for r in abstained).most_common(3)),
+        "updates_recently": len(updates),
+        "applied_recently": sum(u.applied for u in updates),
+        "last_update": update_row(updates[0]) if updates else None,
+        "refused_recently": _refusals(updates, newest(store, Verdict, recent)),
+    }
+
+
+def _waiting(store: SqlStore) -> Sequence[Example]:
+    """Examples that no update was made from yet, the newest of each step."""
+    fresh = store.read(Example, after=store.cursor(LEARNED), limit=_MOST_CASES)
+    by_step = {e.step_id: e for _, e in fresh}
+    return [e for e in by_step.values() if not e.retained and (e.chosen_ids or e.rejected_ids)]
+
+
+def _applied(store: SqlStore) -> int:
+    return sum(u.applied for _, u in store.read(Update, limit=_ALL))
+
+
+class Latencies:
+    """How long feedback took to reach users: from its arrival to the first adapter that learned from it going live.
+
+    Keeps what it has worked out, since it never changes.
+    """
+
+    def __init__(self, store: SqlStore, most: int = 2000) -> None:
+        self._store = store
+        self._seen = 0  # store position
+        self._known: set[str] = set()  # feedback ids
+        self._latencies_s: deque[float] = deque(maxlen=most)
+
+    def newest(self) -> list[float]:
+        """In seconds, the last ones, in the order in which they went live."""
+        while moves := self._store.read(Move, after=self._seen):
+            for self._seen, move in moves:
+                if move.after is Stage.LIVE and move.before in ON_THE_WAY:
+                    self._add(move)
+        return list(self._latencies_s)
+
+    def _add(self, move: Move) -> None:
+        for _, update in self._store.read(Update, adapter_id=move.adapter_id):
+            examples = [e for i in update.example_ids for _, e in self._store.read(Example, id=i)]
+            fresh = {f for e in examples for f in e.feedback_ids} - self._known
+            self._known |= fresh
+            for _, opinion in (row for i in sorted(fresh) for row in self._store.read(Feedback, id=i, limit=1)):
+                self._latencies_s.append(round(move.created_at - opinion.created_at, 3))
+
+
+def _refusals(updates: Sequence[Update], verdicts: Sequence[Verdict]) -> list[Json]:
+    """Newest first: updates the learner refused, and candidates a gate refused."""
+    rows = [
+        {"at": u.created_at, "what": u.id, "by": "learner", "reason": u.refused_because}
+        for u in updates
+        if not u.applied
+    ]
+    rows += [
+        {"at": v.created_at, "what": v.adapter_id, "by": f"gate {v.gate}", "reason": v.reason}
+        for v in verdicts
+        if v.decision.value == "fail"
+    ]
+    return sorted(rows, key=lambda row: row["at"], reverse=True)
+
+
+def decision(store: SqlStore, name: str, after: int) -> Json:
+    """The update made after a position, and what became of it: its verdicts, and the stage its adapter reached."""
+    made = store.read(Update, after=after, limit=1)
+    update = made[0][1] if made else None
+    row = next((a for a in adapters(store, name) if update and a["id"] == update.adapter_id), None)
+    return {
+        "update": update_row(update) if update else None,
+        "verdicts": row["verdicts"] if row else [],
+        "stage": row["stage"] if row else None,
+    }

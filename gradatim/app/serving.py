@@ -1,0 +1,209 @@
+"""The server process of ``gradatim serve``: takes the directory and the port, builds the parts, answers until told.
+
+Order matters: whatever can refuse does so before the model is loaded, and nothing listens before everything answers.
+Knows no wire format and no tensors. SIGTERM and SIGINT let running streams finish, for a bounded time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+import uvloop
+from prometheus_client import Gauge
+
+from gradatim.app import compose
+from gradatim.app.administration import Administration
+from gradatim.app.home import Home
+from gradatim.app.learning import handover
+from gradatim.app.supervisor import DIES_WITH, Supervisor, die_with_parent
+from gradatim.config import Config
+from gradatim.errors import AdapterError, ConfigError, InUseError
+from gradatim.release.traffic import Traffic, rollback
+from gradatim.server import Metrics, build_app
+from gradatim.store import SqlStore
+
+if TYPE_CHECKING:
+    from gradatim.engine.transformers import TransformersEngine
+
+log = logging.getLogger(__name__)
+
+FINISH_STREAMS_WITHIN_S = 20
+LOOP_COMMAND = (sys.executable, "-m", "gradatim", "learn", "--follow")
+
+
+def check_exposure(config: Config) -> None:
+    """Only loopback may be served without a key. ConfigError."""
+    host = config.server.host
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if not loopback and not config.server.api_key:
+        raise ConfigError(
+            f"{host} can be reached from other machines, and no API key is set: set GRADATIM_API_KEY, "
+            "or serve on 127.0.0.1 (the default)"
+        )
+
+
+def take_port(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet. InUseError, or ConfigError for an address that is not ours."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as e:
+        raise ConfigError(f"--host {host}: {e.strerror}") from e
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+    except PermissionError as e:
+        raise ConfigError(f"port {port} needs privileges this user lacks; choose one above 1023 with --port") from e
+    except OSError as e:
+        sock.close()
+        raise InUseError(
+            f"{host}:{port} cannot be served: {e.strerror}; stop what listens there, or choose another with --port"
+        ) from e
+    return sock
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without the signal handlers that would end this process before the loop process was stopped."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def serve(config: Config, announce: Callable[[str], None]) -> None:
+    """Until SIGTERM or SIGINT. ``announce`` is told the base URL (without ``/v1``) once requests are answered.
+
+    Raises ConfigError, InUseError, ModelError or StoreError before anything listens.
+    """
+    if launcher := os.environ.get(DIES_WITH):
+        die_with_parent(int(launcher))
+    check_exposure(config)
+    home = Home(Path(config.data_dir))
+    home.prepare()
+    with home.lock("server"), contextlib.closing(take_port(config.server.host, config.server.port)) as sock:
+        compose.set_threads(compose.serving_threads(config))
+        base = compose.build_base(config)
+        with compose.build_store(home) as store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            compose.register_base(store, config, base.sha256)
+            with contextlib.closing(compose.build_engine(config, base)) as engine:
+                runner.run(_answer(config, home, store, engine, sock, announce))
+
+
+async def _answer(
+    config: Config,
+    home: Home,
+    store: SqlStore,
+    engine: TransformersEngine,
+    sock: socket.socket,
+    announce: Callable[[str], None],
+) -> None:
+    traffic = Traffic(store, engine, config)
+    await first_refresh(traffic, store, config.name)
+    supervisor = _supervisor(config, home) if config.learn else None
+    here = asyncio.get_running_loop()
+    admin = Administration(
+        config,
+        store,
+        loop=lambda: loop_status(supervisor, home),
+        turn_to=lambda: asyncio.run_coroutine_threadsafe(traffic.refresh(), here).result(),
+    )
+    metrics = _metrics(traffic, supervisor)
+    app = build_app(engine=engine, store=store, router=traffic, config=config, admin=admin, metrics=metrics)
+    server = _Uvicorn(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=FINISH_STREAMS_WITHIN_S,
+        )
+    )
+    for sig in (signal.SIGINT, signal.SIGTERM):
+        here.add_signal_handler(sig, server.handle_exit, sig, None)
+    work = {"traffic": traffic.watch(), "announce": _announce_when_ready(server, home, sock, announce)}
+    if supervisor is not None:
+        work["supervisor"] = supervisor.run()
+    tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in work.items()]
+    for task in tasks:
+        task.add_done_callback(lambda done: _end_with(done, server))
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def loop_status(supervisor: Supervisor | None, home: Home) -> Mapping[str, Any]:
+    """Whether the loop process lives, and what it last said of itself (``does``, ``turns``, ``error``)."""
+    if supervisor is None:
+        return {"state": "off", "restarts": 0}
+    watched, said = supervisor.status(), home.said("loop")
+    if watched["state"] != "running" or said.get("pid") != watched["pid"]:
+        return {**watched, "does": "starting"}
+    return {**watched, "does": said["state"], **{k: said[k] for k in ("turns", "failures", "error") if k in said}}
+
+
+def _metrics(traffic: Traffic, supervisor: Supervisor | None) -> Metrics:
+    metrics = Metrics()
+    shown: Mapping[str, tuple[str, Callable[[], float]]] = {
+        "gradatim_loop_up": ("1 while the loop process lives", lambda: float(bool(supervisor and supervisor.alive))),
+        "gradatim_loop_restarts": ("of the loop process", lambda: supervisor.restarts if supervisor else 0),
+        "gradatim_failed_loads": ("adapters that could not be loaded", lambda: traffic.failed_loads),
+    }
+    for name, (help_text, read) in shown.items():
+        Gauge(name, help_text, registry=metrics.registry).set_function(read)
+    return metrics
+
+
+def _end_with(done: asyncio.Task[None], server: uvicorn.Server) -> None:
+    """A part that ended by a fault takes the server down in good order, so that whoever watches it restarts it."""
+    if not done.cancelled() and (fault := done.exception()) is not None:
+        log.critical("%s ended", done.get_name(), exc_info=fault)
+        server.should_exit = True
+
+
+async def first_refresh(traffic: Traffic, store: SqlStore, name: str) -> None:
+    """Load the live adapter; one whose files are damaged is rolled back, loudly, to its newest sound ancestor."""
+    while True:
+        try:
+            return await traffic.refresh()
+        except AdapterError as e:
+            log.error("the live adapter cannot be loaded and is rolled back: %s", e)
+            rollback(store, name, actor="server", reason=f"could not be loaded at start: {e}")
+
+
+def _supervisor(config: Config, home: Home) -> Supervisor:
+    env = {k: v for k, v in os.environ.items() if k != "GRADATIM_API_KEY"}
+    return Supervisor(
+        LOOP_COMMAND,
+        env={**env, **compose.thread_environment(config.learner.threads)},
+        stdin=handover(config, os.getpid()),
+        log_path=home.loop_log,
+    )
+
+
+async def _announce_when_ready(
+    server: uvicorn.Server, home: Home, sock: socket.socket, announce: Callable[[str], None]
+) -> None:
+    while not server.started:
+        await asyncio.sleep(0.01)
+    host, port = sock.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    home.say("server", {"url": url.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")})
+    announce(url)
