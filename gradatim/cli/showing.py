@@ -19,6 +19,13 @@ from rich.console import Console
 from gradatim.app.launch import launched
 from gradatim.errors import ConfigError
 
+_SETTINGS = """\
+[engine]
+dtype = "bfloat16"  # half the time of float32 on a CPU that has it; exactness is benchmarks/bench_exact.py's business
+threads = 2  # the pages wait while the learner works, so both cores may serve
+[learner]
+seed = {seed}
+"""
 _SEEDS_APART = 100_000  # so that two runs draw no page in common
 
 
@@ -89,5 +96,5 @@ def _fresh(out: Path) -> Path:
 
 def _settings(folder: Path, seed: int) -> Path:
     path = folder / "gradatim.toml"
-    path.write_text(f"[learner]\nseed = {seed}\n")
+    path.write_text(_SETTINGS.format(seed=seed))
     return path

@@ -152,7 +152,12 @@ class Browser:
         options.binary_location = chrome
         for flag in (*_FLAGS, f"--user-data-dir={self.profile}"):
             options.add_argument(flag)
-        self._service = Service(driver, log_output=subprocess.DEVNULL, popen_kw={"start_new_session": True})
+        self._service = Service(
+            driver,
+            log_output=subprocess.DEVNULL,
+            env=os.environ | {"TMPDIR": self.profile},  # so that what a killed Chromium leaves goes with the profile
+            popen_kw={"start_new_session": True},
+        )
         self._service.start()
         self._reaper = _start_reaper(self._service.process.pid, self.profile)
         try:

@@ -63,7 +63,7 @@ class StoryConfig:
             settle_s=40.0,
             judge_s=60.0,
             identity=5,
-            random_episodes=50,
+            random_episodes=30,
         )
 
     @staticmethod
@@ -71,13 +71,14 @@ class StoryConfig:
         return StoryConfig(
             name="full",
             held_out=64,
-            curve=16,
-            rounds=6,
-            redesign_rounds=6,
+            curve=8,
+            rounds=5,
+            redesign_rounds=5,
             corrected=4,
-            outcomes=8,
+            outcomes=4,
             harmful=8,
             retrieval=32,
+            random_episodes=100,
         )
 
 

@@ -81,10 +81,10 @@ class Story:
         with self._phase("stream", "(ii) Learning in production: corrections and outcomes"):
             self._stream("stream", CORRECTED, self.config.rounds, (CORRECTED, *BY_OUTCOME))
         with self._phase("test", "(iii) Held-out test, transfer and retention"):
-            self._test("test", (CORRECTED, TRANSFER, *BY_OUTCOME), (CORRECTED, TRANSFER, *BY_OUTCOME))
+            self._test("test", (CORRECTED, TRANSFER, *BY_OUTCOME), (CORRECTED,))
         with self._phase("redesign", "(iv) The page is redesigned: a dialog comes between"):
             self._stream("redesign", REDESIGNED, self.config.redesign_rounds, (REDESIGNED, CORRECTED))
-            self._test("after redesign", (REDESIGNED, CORRECTED, *BY_OUTCOME), (REDESIGNED, CORRECTED))
+            self._test("after redesign", (REDESIGNED, CORRECTED, *BY_OUTCOME), (REDESIGNED,))
         with self._phase("harm", "(v) A harmful batch: inverted corrections"):
             self.results.harmful = self._harm()
         with self._phase("rollback", "(vi) Rollback"):

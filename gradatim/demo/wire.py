@@ -88,7 +88,7 @@ class Status:
     @staticmethod
     def read(body: Mapping[str, Any]) -> Status:
         return Status(
-            live=str(body.get("live", "")),
+            live=str(body.get("live") or ""),
             waiting_feedback=int(body.get("waiting_feedback", 0)),
             waiting_examples=int(body.get("waiting_examples", 0)),
             updates_applied=int(body.get("updates_applied", 0)),
@@ -156,7 +156,7 @@ class Wire:
         """All adapters, oldest first, and the id of the live one."""
         body = self._call("GET", "/adapters")
         infos = sorted((AdapterInfo.read(entry) for entry in body["data"]), key=lambda a: (a.step, a.created_at))
-        return infos, str(body.get("live", ""))
+        return infos, str(body.get("live") or "")
 
     def rollback(self, adapter_id: str) -> None:
         """Makes an earlier adapter live again."""

@@ -46,7 +46,6 @@ from gradatim.types import Adapter, AdapterId, Example, Update
 log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
-AVOID_WEIGHT = 0.5  # of a bad answer beside a good one: it says only what not to do
 AVOID_FLOOR_NATS = 4.0  # a bad answer is pushed down by no more than this in one update
 SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
 PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
@@ -225,7 +224,7 @@ class LoraLearner:
         """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
         beta = self._config.beta
         if item.chosen is None:
-            bad = AVOID_WEIGHT * losses.avoid(mine[0].total, reference[0].sum(), beta, AVOID_FLOOR_NATS)
+            bad = self._config.avoid * losses.avoid(mine[0].total, reference[0].sum(), beta, AVOID_FLOOR_NATS)
             run.add("loss_avoid", bad)
             return bad
         nll = losses.nll(mine[0].total, torch.tensor(float(len(mine[0].logprobs))))
