@@ -27,6 +27,7 @@ check: $(STAMP)  ## format, lint, types, layers
 
 bench: $(STAMP)  ## every benchmark, one after the other (ARGS=--quick: a smoke run)
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(THREADS) $(BIN)/python $$script $(ARGS); done
+	$(BIN)/python benchmarks/write_docs.py
 
 format: $(STAMP)  ## rewrite what `make check` would only report
 	$(BIN)/ruff format .

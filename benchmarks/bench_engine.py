@@ -9,20 +9,16 @@ time on a shared machine says more about its other users; both are printed.
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-import argparse
 import asyncio
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+import harness
+
+harness.threads()
 
 import torch
 
@@ -95,13 +91,12 @@ def measure(base: Base, folder: Path, rounds: int, tokens: int) -> dict[str, dic
     return results
 
 
-def goals(results: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[dict[str, Any]]:
+def goals(results: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> list[harness.Goal]:
     out = []
     for concurrency, sides in results.items():
         ours, theirs = (statistics.median(cpu for cpu, _ in runs) for runs in sides.values())
-        ratio = round(ours / theirs, 3)
         goal = f"tokens per CPU second against transformers.generate, concurrency {concurrency}"
-        out.append({"goal": goal, "value": ratio, "target": ">= 1", "met": ratio >= 1})
+        out.append(harness.Goal(goal, ours / theirs, ">= 1"))
     return out
 
 
@@ -115,12 +110,10 @@ def table(results: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a smoke run; its figures are not quoted")
+    parser = harness.options(__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds of each side")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--data-dir", type=Path, default=None, help="where the converted model is kept")
-    parser.add_argument("--json", action="store_true", help="print the goals as the last line")
     args = parser.parse_args()
     rounds, tokens = (1, 16) if args.quick else (args.rounds, 64)
     torch.set_num_threads(1)
@@ -129,8 +122,7 @@ def main() -> None:
         base = load_base(args.model, folder, dtype="float32", device="cpu")
         results = measure(base, folder, rounds, tokens)
     print(table(results))
-    if args.json:
-        print(json.dumps({"name": "bench_engine", "quick": args.quick, "goals": goals(results), "details": results}))
+    harness.report("bench_engine", goals(results), results, args)
 
 
 if __name__ == "__main__":

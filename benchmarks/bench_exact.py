@@ -16,11 +16,11 @@ import harness
 
 harness.threads()
 
-import httpx  # noqa: E402
-import torch  # noqa: E402
+import httpx
+import torch
 
-from gradatim.app.launch import launch  # noqa: E402
-from gradatim.nn.base import load_base  # noqa: E402
+from gradatim.app.launch import launch
+from gradatim.nn.base import load_base
 
 PROMPTS = (
     "Name three rivers of Europe.",

@@ -1,4 +1,4 @@
-"""What every benchmark script shares: its options, its goals, and how both are printed."""
+"""What every benchmark script shares: its options, its goals, how both are printed, and where full runs are kept."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import argparse
 import json
 import operator
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+RESULTS = Path(__file__).resolve().parent / "results"  # the last full run of each; docs/benchmarks.md is made of them
 _COMPARE: Mapping[str, Callable[[float, float], bool]] = {">=": operator.ge, "<=": operator.le, "==": operator.eq}
 
 
@@ -49,9 +52,13 @@ def report(name: str, goals: Sequence[Goal], details: Mapping[str, Any], args: a
         met = {True: "yes", False: "NO", None: ""}[goal.met]
         table.add_row(goal.goal, f"{goal.value:.4g}", goal.target, met)
     Console().print(table)
+    rows = [asdict(g) | {"met": g.met} for g in goals]
+    result = {"name": name, "quick": args.quick, "at": time.time(), "goals": rows, "details": details}
+    if not args.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     if args.json:
-        rows = [asdict(g) | {"met": g.met} for g in goals]
-        print(json.dumps({"name": name, "quick": args.quick, "goals": rows, "details": details}))
+        print(json.dumps(result))
 
 
 def percentile(values: Sequence[float], q: float) -> float:

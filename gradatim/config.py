@@ -39,7 +39,7 @@ class EngineConfig:
     threads: int = 0  # 0: cores - 1, at least 1
     max_batch: int = 16  # sequences decoded together
     max_context_tokens: int = 0  # 0: the model's own
-    prefix_cache_tokens: int = 32768  # 0: no prefix cache
+    prefix_cache_tokens: int = 8192  # 0: no prefix cache; smollm2 in float32 takes 46 KB a token
     adapter_slots: int = 8  # adapters in memory at once
 
 

@@ -36,6 +36,10 @@ class PromptTooLongError(EngineError, ValueError):
     """The prompt leaves no room in the context window."""
 
 
+class InvalidRequestError(EngineError, ValueError):
+    """The messages cannot be rendered, or an option is out of this model's range."""
+
+
 class OverloadedError(EngineError):
     """The queue is full; the request may be retried."""
 

@@ -43,8 +43,8 @@ class Engine(Protocol):
     def generate(self, request: Request, adapter_id: AdapterId) -> AsyncIterator[Started | Delta]:
         """``Started`` first, then deltas; every choice ends with one that has a finish reason.
 
-        Closing the iterator early aborts the generation. Raises PromptTooLongError, OverloadedError or
-        UnknownAdapterError before the first event.
+        Closing the iterator early aborts the generation. Raises PromptTooLongError, InvalidRequestError,
+        OverloadedError or UnknownAdapterError before the first event.
         """
 
     async def load(self, adapter: Adapter) -> None:

@@ -16,7 +16,7 @@ from gradatim.engine.adapters import BASE_SLOT, AdapterPool
 from gradatim.engine.generation import Generation
 from gradatim.engine.runner import Runner
 from gradatim.engine.scheduler import Scheduler
-from gradatim.errors import AdapterError, EngineError, PromptTooLongError
+from gradatim.errors import AdapterError, EngineError, InvalidRequestError, PromptTooLongError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.nn.render import Renderer
@@ -108,10 +108,10 @@ class TransformersEngine:
 
     def _check(self, sampling: Sampling) -> None:
         if not 1 <= sampling.n <= self._config.max_batch:
-            raise ValueError(f"n = {sampling.n} is not in 1..{self._config.max_batch} (engine.max_batch)")
+            raise InvalidRequestError(f"n = {sampling.n} is not in 1..{self._config.max_batch} (engine.max_batch)")
         vocabulary = self._base.model.config.get_text_config().vocab_size
         if any(not 0 <= i < vocabulary for i in sampling.logit_bias):
-            raise ValueError(f"logit_bias names a token that is not in 0..{vocabulary - 1}")
+            raise InvalidRequestError(f"logit_bias names a token that is not in 0..{vocabulary - 1}")
 
     def _prompt_ids(self, request: Request) -> tuple[int, ...]:
         if request.messages is not None:
@@ -121,7 +121,7 @@ class TransformersEngine:
         vocabulary = self._base.model.config.get_text_config().vocab_size
         ids = tuple(request.prompt or ())
         if not ids or any(not 0 <= i < vocabulary for i in ids):
-            raise ValueError(f"a prompt of tokens needs at least one, each in 0..{vocabulary - 1}")
+            raise InvalidRequestError(f"a prompt of tokens needs at least one, each in 0..{vocabulary - 1}")
         return ids
 
     def _limit(self, prompt_tokens: int, sampling: Sampling) -> int:
@@ -132,7 +132,7 @@ class TransformersEngine:
                 "the answer too: shorten the prompt"
             )
         if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise ValueError("max_tokens must be at least 1")
+            raise InvalidRequestError("max_tokens must be at least 1")
         return min(room, sampling.max_tokens or room)
 
     def _load(self, adapter: Adapter) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from gradatim.errors import ModelError
+from gradatim.errors import InvalidRequestError, ModelError
 from gradatim.nn.base import Base
 from gradatim.types import Message
 
@@ -35,7 +35,7 @@ class Renderer:
         """The tokens that a model is to continue with the next assistant turn. ValueError where the messages have a
         shape that the chat template cannot render."""
         if not messages:
-            raise ValueError("messages is empty: at least one message is needed")
+            raise InvalidRequestError("messages is empty: at least one message is needed")
         return self._encode(self._template([_plain(m, i) for i, m in enumerate(messages)], turn=True))
 
     def text_ids(self, text: str) -> tuple[int, ...]:
@@ -67,11 +67,13 @@ class Renderer:
 
     def _template(self, messages: Sequence[Mapping[str, Any]], turn: bool) -> str:
         if not self._tokenizer.chat_template:
-            raise ValueError("this model has no chat template: send a prompt to /v1/completions, or serve a chat model")
+            raise InvalidRequestError(
+                "this model has no chat template: use /v1/completions, or serve a chat model"
+            )
         try:
             return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=turn))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
-            raise ValueError(f"the model's chat template cannot render these messages: {e}") from e
+            raise InvalidRequestError(f"the model's chat template cannot render these messages: {e}") from e
 
     def _find_end_of_turn(self) -> int:
         """The token that the chat template puts behind an answer, where it is one that ends a generation."""
@@ -124,12 +126,12 @@ def _plain(message: Message, index: int) -> dict[str, Any]:
     """A message as chat templates want it: a known role and content that is one string."""
     role = message.get("role")
     if not isinstance(role, str) or not role:
-        raise ValueError(f"messages[{index}].role is missing")
+        raise InvalidRequestError(f"messages[{index}].role is missing")
     out = {key: value for key, value in message.items() if value is not None}
     out["role"] = _ROLES.get(role, role)
     out["content"] = _text(message.get("content"), index)
     if not out["content"] and role not in ("assistant", "tool") and message.get("content") is None:
-        raise ValueError(f"messages[{index}].content is missing")
+        raise InvalidRequestError(f"messages[{index}].content is missing")
     return out
 
 
@@ -139,14 +141,16 @@ def _text(content: Any, index: int) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence):
-        raise ValueError(f"messages[{index}].content must be a string or a list of text parts")
+        raise InvalidRequestError(f"messages[{index}].content must be a string or a list of text parts")
     texts: list[str] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "refusal"):
-            raise ValueError(f"messages[{index}].content has a part of type {kind!r}; this model reads only text")
+            raise InvalidRequestError(
+                f"messages[{index}].content has a part of type {kind!r}; only text can be read"
+            )
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
-            raise ValueError(f"messages[{index}].content has a {kind} part without text")
+            raise InvalidRequestError(f"messages[{index}].content has a {kind} part without text")
         texts.append(text)
     return "".join(texts)

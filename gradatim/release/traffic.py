@@ -99,9 +99,9 @@ class Traffic:
     async def refresh(self) -> None:
         """Look at the stages; load what became live before turning to it. A failed load keeps the old one."""
         async with self._refreshing:
-            for position, adapter in await asyncio.to_thread(self._store.read, Adapter, after=self._seen):
-                self._seen = position
-                self._adapters[adapter.id] = adapter
+            while page := await asyncio.to_thread(self._store.read, Adapter, after=self._seen):
+                self._adapters |= {adapter.id: adapter for _, adapter in page}
+                self._seen = page[-1][0]
             stages = await asyncio.to_thread(self._store.stages, self._name)
             for adapter_id, stage in stages.items():
                 if stage in (Stage.LIVE, Stage.CANARY) and adapter_id not in self._engine.loaded():

@@ -16,6 +16,7 @@ from gradatim.errors import (
     ConflictError,
     EngineError,
     GradatimError,
+    InvalidRequestError,
     ModelError,
     OverloadedError,
     PromptTooLongError,
@@ -65,6 +66,8 @@ def problem(exc: Exception) -> ApiError:
             return exc
         case PromptTooLongError():
             return ApiError(400, str(exc), param="messages", code="context_length_exceeded")
+        case InvalidRequestError():
+            return ApiError(400, str(exc))
         case UnknownAdapterError():
             return ApiError(404, str(exc) or "no such model", param="model", code="model_not_found")
         case OverloadedError():

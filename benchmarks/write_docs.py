@@ -1,0 +1,63 @@
+"""Write docs/benchmarks.md from what the last full run of each benchmark left in benchmarks/results/."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import harness
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def header() -> str:
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (
+        "# Benchmarks\n\nWritten by `benchmarks/write_docs.py` from the last full runs; not by hand.\n\n"
+        f"Machine: {os.cpu_count()} cores, {cpu()}, no GPU. Python {platform.python_version()}, {packages}.\n"
+    )
+
+
+def number(value: float) -> str:
+    return "not measured" if math.isnan(value) else f"{value:.3g}"
+
+
+def table(result: Mapping[str, Any]) -> str:
+    date = time.strftime("%Y-%m-%d", time.gmtime(result["at"]))
+    lines = [f"## {result['name']}", "", f"`python benchmarks/{result['name']}.py` · {date}", ""]
+    lines += ["| what | value | 95 % interval | target | met |", "|---|---|---|---|---|"]
+    for goal in result["goals"]:
+        detail = result["details"].get(goal["goal"])
+        interval = detail.get("interval_95") if isinstance(detail, dict) else None
+        between = f"{number(interval[0])} to {number(interval[1])}" if interval and not math.isnan(interval[0]) else ""
+        met = {True: "yes", False: "**no**", None: ""}[goal["met"]]
+        lines.append(f"| {goal['goal']} | {number(goal['value'])} | {between} | {goal['target']} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    sections = [header()]
+    for path in sorted(harness.RESULTS.glob("bench_*.json")):
+        sections.append(table(json.loads(path.read_text())))
+    (ROOT / "docs" / "benchmarks.md").write_text("\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
