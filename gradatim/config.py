@@ -67,8 +67,8 @@ class LearnerConfig:
     epochs: int = 3  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5
-    min_examples: int = 8  # an update waits for this many new examples,
-    max_wait_s: float = 20.0  # or until the oldest has waited this long
+    min_examples: int = 8  # an update waits for this many new examples with a good answer,
+    max_wait_s: float = 20.0  # or, once there is something to replay, until the oldest has waited this long
     max_examples: int = 32  # new examples in one update
     max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
     retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on

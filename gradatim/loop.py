@@ -32,6 +32,15 @@ JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewar
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
 
 
+def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig, now: float) -> bool:
+    """Whether an update should be made of these: they show enough good answers, or the oldest has waited its time and
+    there is something to replay beside them. A handful alone moves the weights at random."""
+    if sum(bool(e.chosen_ids) for e in examples) >= config.min_examples:
+        return True
+    waited_s = now - min((e.created_at for e in examples), default=now)
+    return bool(examples) and not live.endswith("@0") and waited_s >= config.max_wait_s
+
+
 @dataclass(slots=True, kw_only=True)
 class Loop:
     """``gates``: what an adapter in a stage must pass, in order, to move to that stage's entry in ``path``."""
@@ -105,21 +114,23 @@ class Loop:
     def learn(self, *, flush: bool = False) -> bool:
         """One update from what waits, if there is enough of it."""
         cursor, examples = self.waiting()
-        if not examples or not (flush or self._ready(examples)):
-            return False
         live = self._adapter(self._live())
-        share = self.learning.replay_share
-        wanted = round(len(examples) * share / (1.0 - share)) if share < 1.0 else 0
-        replay = self.replay.draw(wanted, exclude=frozenset(e.id for e in examples))
+        if not examples or not (flush or is_ripe(examples, live.id, self.learning, self.clock())):
+            return False
+        replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         step = 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
         update, adapter = self.learner.update(examples, replay, live, step)
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: cursor})
         return True
 
-    def _ready(self, examples: Sequence[Example]) -> bool:
-        waited_s = self.clock() - min(e.created_at for e in examples)
-        return len(examples) >= self.learning.min_examples or waited_s >= self.learning.max_wait_s
+    def _replayed(self, new: int) -> int:
+        """As many old ones as the share says; more beside a few new ones, so that a gradient step is never of those
+        few alone."""
+        share = self.learning.replay_share
+        if not 0.0 < share < 1.0:
+            return 0
+        return max(round(new * share / (1.0 - share)), self.learning.batch - new)
 
     # ------------------------------------------------------------------ candidate -> live, or not
 

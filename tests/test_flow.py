@@ -243,3 +243,24 @@ def test_every_move_is_on_record_with_its_reason(store: Store) -> None:
     assert ("agent@1", Stage.LIVE, "loop") in moves
     assert ("agent@0", Stage.RETIRED, "loop") in moves
     assert all(v.reason for _, v in store.read(Verdict))
+
+
+def test_a_handful_of_examples_is_not_learned_from_alone(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.learning = LearnerConfig(min_examples=2, max_wait_s=0.0)
+    good_episode(store, "e1")
+    run(loop)
+    assert learner.calls == []
+    good_episode(store, "e2")
+    run(loop)
+    assert len(learner.calls) == 1
+    good_episode(store, "e3")  # now there is something to replay beside it
+    run(loop)
+    assert len(learner.calls) == 2
+
+
+def test_bad_answers_alone_do_not_start_a_first_update(store: Store) -> None:
+    loop, learner = loop_on(store)
+    good_episode(store, value=-1.0)
+    run(loop)
+    assert learner.calls == []

@@ -153,7 +153,7 @@ def _examples(config: Config, learning: Mapping[str, Any]) -> Finding:
     if waiting == 0:
         return Finding("examples", "info", "none wait: all that was judged has been learned from")
     if waiting < wanted:
-        detail = f"{waiting} of {wanted} examples wait for an update, for {config.learner.max_wait_s:g} s at most"
+        detail = f"{waiting} examples wait for an update, which wants {wanted} with a good answer"
         return Finding("examples", "wait", detail, "gradatim learn --once does it now, where no server runs")
     return Finding("examples", "good", f"{waiting} wait for the next update")
 

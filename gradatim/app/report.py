@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradatim.config import Config
-from gradatim.loop import JUDGED, LEARNED
+from gradatim.loop import JUDGED, LEARNED, is_ripe
 from gradatim.store import SqlStore
 from gradatim.types import (
     ON_THE_WAY,
@@ -142,16 +142,15 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
     ``learning`` is true while there is work that the loop is at, or will take up by itself at once.
     """
     stages, records = store.stages(config.name), store.counts()
+    live = next((a for a, s in stages.items() if s is Stage.LIVE), None)
     rewards, updates = newest(store, Reward, recent), newest(store, Update, recent)
     abstained = [r for r in rewards if r.value is None]
     unjudged = len(store.cases(after=store.cursor(JUDGED), limit=_MOST_CASES))
     waiting = _waiting(store)
-    ripe = len(waiting) >= config.learner.min_examples or any(
-        time.time() - e.created_at >= config.learner.max_wait_s for e in waiting
-    )
+    ripe = live is not None and is_ripe(waiting, live, config.learner, time.time())
     applied = _applied(store)
     return {
-        "live": next((a for a, s in stages.items() if s is Stage.LIVE), None),
+        "live": live,
         "learning": bool(unjudged or ripe or any(s in ON_THE_WAY for s in stages.values())),
         "waiting_feedback": unjudged,
         "waiting_examples": len(waiting),

@@ -67,9 +67,7 @@ class Renderer:
 
     def _template(self, messages: Sequence[Mapping[str, Any]], turn: bool) -> str:
         if not self._tokenizer.chat_template:
-            raise InvalidRequestError(
-                "this model has no chat template: use /v1/completions, or serve a chat model"
-            )
+            raise InvalidRequestError("this model has no chat template: use /v1/completions, or serve a chat model")
         try:
             return str(self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=turn))
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as e:
@@ -146,9 +144,7 @@ def _text(content: Any, index: int) -> str:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "refusal"):
-            raise InvalidRequestError(
-                f"messages[{index}].content has a part of type {kind!r}; only text can be read"
-            )
+            raise InvalidRequestError(f"messages[{index}].content has a part of type {kind!r}; only text can be read")
         text = part.get("refusal" if kind == "refusal" else "text")
         if not isinstance(text, str):
             raise InvalidRequestError(f"messages[{index}].content has a {kind} part without text")
