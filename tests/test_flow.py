@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -247,7 +248,7 @@ def test_every_move_is_on_record_with_its_reason(store: Store) -> None:
 
 def test_a_handful_of_examples_is_not_learned_from_alone(store: Store) -> None:
     loop, learner = loop_on(store)
-    loop.learning = LearnerConfig(min_examples=2, max_wait_s=0.0)
+    loop.learning, loop.clock = LearnerConfig(min_examples=2, max_wait_s=0.0), time.time
     good_episode(store, "e1")
     run(loop)
     assert learner.calls == []
