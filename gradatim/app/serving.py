@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINISH_STREAMS_WITHIN_S = 20
+KEEP_ALIVE_S = 75  # well above the 5 s of httpx and the openai client, or a request may meet a closing connection
 LOOP_COMMAND = (sys.executable, "-m", "gradatim", "learn", "--follow")
 
 
@@ -130,6 +131,7 @@ async def _answer(
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=FINISH_STREAMS_WITHIN_S,
         )
     )

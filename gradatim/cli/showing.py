@@ -22,6 +22,7 @@ from gradatim.errors import ConfigError
 _SETTINGS = """\
 [engine]
 dtype = "bfloat16"  # half the time of float32 on a CPU that has it; exactness is benchmarks/bench_exact.py's business
+threads = 2  # the pages wait while the learner works, so both cores may serve
 [learner]
 seed = {seed}
 """

@@ -34,7 +34,7 @@ class StoryConfig:
     """Episodes with inverted corrections."""
     retrieval: int
     """Held-out prompts per task on which the retrieval agent is tested."""
-    concurrency: int = 6
+    concurrency: int = 8
     """Episodes at once, so that the server has requests to batch."""
     temperature: float = 0.7
     """Of the stream; held-out tests are greedy."""
@@ -77,7 +77,7 @@ class StoryConfig:
             corrected=4,
             outcomes=4,
             harmful=8,
-            retrieval=32,
+            retrieval=24,
             random_episodes=100,
         )
 
