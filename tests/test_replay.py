@@ -133,3 +133,11 @@ def test_the_index_is_bounded_and_the_log_is_read_once(store: FakeStore, monkeyp
     monkeypatch.setattr(store, "read", watched)
     replay.draw(1)
     assert len(read) == 2 and min(read) > 0
+
+
+def test_after_a_rollback_over_several_steps_nothing_of_what_lies_between_is_drawn(store: FakeStore) -> None:
+    replay = StoreReplay(store, "agent", seed=0)
+    for step, name in enumerate("abc", 1):
+        learn(store, step, records.example(name))
+    store.move(move("agent@3", Stage.LIVE, Stage.ROLLED_BACK), move("agent@1", Stage.RETIRED, Stage.LIVE))
+    assert ids(replay.draw(5)) == {"a"}

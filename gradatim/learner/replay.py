@@ -1,4 +1,4 @@
-"""What to rehearse: old examples that made it into adapters which users got, drawn evenly over skills and origins.
+"""What to rehearse: the examples that made the live adapter and its ancestors, drawn evenly over skills and origins.
 
 Kept in memory is only an index (a reservoir of ids); examples are read from the store when they are drawn. The log
 is read once, in order, and then only its new end. It knows no tokens and no losses.
@@ -16,7 +16,6 @@ from gradatim.protocols import Store
 from gradatim.types import AdapterId, Example, Record, Stage, StepId, Update
 
 CAPACITY = 20_000  # steps in the index; beyond it a uniform sample of them
-REACHED_USERS = frozenset({Stage.LIVE, Stage.RETIRED})
 
 R = TypeVar("R", bound=Record)
 
@@ -37,9 +36,9 @@ class _Entry:
 class StoreReplay:
     """A ``protocols.Replay`` over the store's log.
 
-    Never drawn: examples of adapters that did not reach users or were rolled back, retained and withdrawn ones,
-    superseded revisions, and answers to avoid, which would be pushed down again and again against an ever newer
-    parent.
+    Never drawn: examples that are not in the live adapter's lineage (refused, rejected, rolled back and whatever was
+    built on those), retained and withdrawn ones, superseded revisions, and answers to avoid, which would be pushed
+    down again and again against an ever newer parent.
     """
 
     def __init__(self, store: Store, name: str, seed: int, capacity: int = CAPACITY) -> None:
@@ -50,6 +49,7 @@ class StoreReplay:
         self._entries: list[_Entry] = []
         self._slot: dict[StepId, int] = {}
         self._by_id: dict[str, _Entry] = {}
+        self._parents: dict[AdapterId, AdapterId] = {}
         self._arrived = 0  # steps seen so far
         self._reservoir = random.Random(seed)
         self._examples_read = 0  # store positions
@@ -60,15 +60,24 @@ class StoreReplay:
         if n <= 0:
             return []
         self._catch_up()
-        stages = self._store.stages(self._name)
+        lineage = self._lineage()
         strata: dict[tuple[str, str], list[_Entry]] = defaultdict(list)
         for entry in self._entries:
-            reached = entry.adapter_id is not None and stages.get(entry.adapter_id) in REACHED_USERS
-            if reached and entry.rehearsable and entry.id not in exclude:
+            if entry.adapter_id in lineage and entry.rehearsable and entry.id not in exclude:
                 strata[entry.skill, entry.origin].append(entry)
         rng = random.Random(f"{self._seed}:{self._updates_read}")
         chosen = _in_turns([_shuffled(strata[key], rng) for key in sorted(strata)], n, rng)
         return [example for entry in chosen for _, example in self._store.read(Example, id=entry.id, limit=1)]
+
+    def _lineage(self) -> Set[AdapterId]:
+        """The live adapter and its ancestors, without the base."""
+        stages = self._store.stages(self._name)
+        at = next((a for a, stage in stages.items() if stage is Stage.LIVE), None)
+        lineage: set[AdapterId] = set()
+        while at in self._parents:
+            lineage.add(at)
+            at = self._parents[at]
+        return lineage
 
     def _catch_up(self) -> None:
         for position, example in self._new(Example, self._examples_read):
@@ -76,6 +85,8 @@ class StoreReplay:
             self._note(position, example)
         for position, update in self._new(Update, self._updates_read):
             self._updates_read = position
+            if update.adapter_id is not None:
+                self._parents[update.adapter_id] = update.parent_id
             for example_id in update.example_ids if update.applied else ():
                 if (entry := self._by_id.get(example_id)) is not None:
                     entry.adapter_id = update.adapter_id
