@@ -5,15 +5,19 @@ Knows the store and the moves; knows nothing of HTTP, and decides nothing itself
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gradatim.app import report
 from gradatim.config import Config
+from gradatim.errors import GradatimError
 from gradatim.release.traffic import promote, rollback
 from gradatim.store import SqlStore
 from gradatim.types import AdapterId, Move, Stage
+
+log = logging.getLogger(__name__)
 
 
 class Administration:
@@ -26,9 +30,11 @@ class Administration:
         self._latencies = report.Latencies(store)
 
     def adapters(self) -> Sequence[Mapping[str, Any]]:
+        self._follow()
         return report.adapters(self._store, self._config.name)
 
     def status(self) -> Mapping[str, Any]:
+        self._follow()
         told = report.learning(self._store, self._config)
         return {
             "name": self._config.name,
@@ -58,6 +64,13 @@ class Administration:
         self._store.move(
             Move(adapter_id=adapter_id, created_at=time.time(), before=before, after=after, actor=actor, reason=reason)
         )
+
+    def _follow(self) -> None:
+        """What is reported live is what the next request gets, also in the moment after the loop promoted it."""
+        try:
+            self._turn_to()
+        except GradatimError as e:  # counted and retried by the watch; the old one goes on answering
+            log.warning("the stages could not be followed: %s", e)
 
     def _now(self) -> Mapping[str, Any]:
         """Durable first, then routed: when this returns, the next request goes to the adapter it names."""
