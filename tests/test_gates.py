@@ -148,3 +148,7 @@ def test_error_rates_of_the_replay_gate_by_simulation() -> None:
 
 def test_lost_likelihood_is_harm_even_where_no_answer_flips() -> None:
     assert "nats" in harm(Pairs(n=10, lost=0, won=0, logprob=-0.9), GateConfig())
+
+
+def test_lost_likelihood_on_a_few_cases_does_not_outweigh_more_right_answers() -> None:
+    assert harm(Pairs(n=11, lost=2, won=4, logprob=-0.5), GateConfig()) == ""
