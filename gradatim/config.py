@@ -63,8 +63,8 @@ class LearnerConfig:
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
-    kl_limit: float = 0.5  # nats a token between candidate and live on replayed prompts, ends an update early
-    epochs: int = 3  # passes over the new examples in one update
+    kl_limit: float = 0.3  # nats a token between candidate and live on replayed prompts, ends an update early
+    epochs: int = 2  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5
     min_examples: int = 8  # an update waits for this many new examples with a good answer,
