@@ -48,6 +48,7 @@ log = logging.getLogger(__name__)
 CLIP_NORM = 1.0
 AVOID_FLOOR_NATS = 4.0  # a bad answer is pushed down by no more than this in one update
 SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
+BACKTRACKS = 3  # so many steps taken back end an update
 PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
 ADAM_BETAS = (0.9, 0.95)  # of a stream: with 0.999 a new kind of batch, after ones that were learned, steps 30 lr far
 
@@ -73,7 +74,7 @@ class _Run:
     train_s: float = 0.0
     kl: float = 0.0
     kl_max: float = 0.0
-    stopped: bool = False
+    backtracks: int = 0  # steps that were taken back
     grad_norms: list[float] = field(default_factory=list)
 
     def add(self, name: str, value: Tensor) -> None:
@@ -173,19 +174,52 @@ class LoraLearner:
             optimizer = _optimizer(lora, state, self._config.lr)
             started_s = time.monotonic()
             self._refer(run, batches[1:], but=batches[0])
-            last = lora.flat.detach().clone()
-            for batch in batches:
-                if self._step(run, lora, batch):
-                    run.stopped = True
-                    lora.flat.data.copy_(last)  # the step that went too far is taken back
-                    break
-                last.copy_(lora.flat.detach())
-                _descend(run, lora, optimizer, self._config.lr * (0.5 if not state and run.steps == 0 else 1.0))
+            self._walk(run, lora, optimizer, batches, warm_up=not state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
                 raise _RefusedError("the weights are not finite")
             return made, _state(optimizer, lora), self._probe(run)
+
+    def _walk(
+        self,
+        run: _Run,
+        lora: Lora,
+        optimizer: torch.optim.AdamW,
+        batches: Sequence[Sequence[Item]],
+        *,
+        warm_up: bool,
+    ) -> None:
+        """One gradient step a batch, inside the trust region: a step that went too far is taken back, and the next
+        ones are half as long. After ``BACKTRACKS`` of them the update ends where it is."""
+        lr = self._config.lr
+        first = lora.flat.detach().clone()
+        last = first.clone()
+        for batch in batches:
+            if self._step(run, lora, batch):
+                lora.flat.data.copy_(last)
+                run.backtracks += 1
+                lr *= 0.5
+                if run.backtracks == BACKTRACKS:
+                    break
+                continue
+            last.copy_(lora.flat.detach())
+            _descend(run, lora, optimizer, lr * (0.5 if warm_up and run.steps == 0 else 1.0))
+        else:
+            if self._drift(run, batches[-1]) > self._config.kl_limit:
+                lora.flat.data.copy_(last)
+                run.backtracks += 1
+        if torch.equal(lora.flat, first):
+            raise _RefusedError(f"every step moved replayed answers by more than {self._config.kl_limit} nats a token")
+
+    def _drift(self, run: _Run, batch: Sequence[Item]) -> float:
+        """The same estimate as each step's, after the last one."""
+        items = [i for i in batch if i.replayed and i.chosen is not None and i.example.id in run.reference]
+        scored = self._trainable.score([i.chosen for i in items if i.chosen is not None])
+        drift = [
+            losses.kl_forward(s.logprobs, run.reference[i.example.id][0]) for i, s in zip(items, scored, strict=True)
+        ]
+        return float(torch.cat(drift).mean()) if drift else 0.0
 
     def _refer(self, run: _Run, batches: Sequence[Sequence[Item]], but: Sequence[Item]) -> None:
         """The parent's log-probabilities, once, of all that is compared with it. The first batch needs no pass of
@@ -340,7 +374,7 @@ def _metrics(run: _Run) -> dict[str, float]:
         "tokens_per_s": run.tokens / run.train_s if run.train_s else 0.0,
         "kl": run.kl,
         "kl_max": run.kl_max,
-        "stopped_early": float(run.stopped),
+        "backtracks": run.backtracks,
         "grad_norm": sum(run.grad_norms) / len(run.grad_norms) if run.grad_norms else 0.0,
     }
     return {name: float(value) for name, value in out.items() if math.isfinite(value)}
