@@ -2,7 +2,9 @@
 
 Evidence about a step comes first: a correction, then scores of that step. A step without its own evidence shares the
 episode's outcome: in full when it was good, 1/S of it when it was bad (one slip among S steps spoils an episode), and
-nothing of a failure that corrections already explain. Knows nothing of tokens; assigns nothing over time.
+nothing of a failure that corrections already explain. A step after which the very same state came back led nowhere: in
+an episode that ended well it was the one thing not to do there, for what was done there last did lead on.
+Knows nothing of tokens beyond whether two prompts are equal; assigns nothing over time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,11 @@ class OutcomeCredit:
         self._clock = clock
 
     def assign(self, case: Case, reward: Reward) -> Credit:
-        shares = [self._share(step, case, reward.value or 0.0) for step in case.episode.steps]
+        steps = case.episode.steps
+        left_by = {step.prompt_ids: step.id for step in steps}  # the last answer to each state
+        shares = [
+            self._share(step, case, reward.value or 0.0, led_on=left_by[step.prompt_ids] == step.id) for step in steps
+        ]
         return Credit(
             episode_id=case.episode.id,
             created_at=self._clock(),
@@ -33,7 +39,7 @@ class OutcomeCredit:
             position=case.position,
         )
 
-    def _share(self, step: Step, case: Case, value: float) -> tuple[float, str]:
+    def _share(self, step: Step, case: Case, value: float, *, led_on: bool) -> tuple[float, str]:
         own = [f for f in case.feedback if f.step_id == step.id]
         if any(f.kind == "correction" for f in own):
             return -1.0, "correction"
@@ -41,6 +47,6 @@ class OutcomeCredit:
         if mean is not None:
             return (mean if abs(mean) >= self._config.abstain_band else 0.0), "score"
         if value >= 0.0:
-            return value, "outcome"
+            return (value, "outcome") if led_on else (-value, "came back")
         corrected = any(f.kind == "correction" for f in case.feedback)
         return (0.0 if corrected else value / len(case.episode.steps)), "outcome"

@@ -46,22 +46,26 @@ class ExampleBuilder:
         method = dict(zip(credit.step_ids, credit.methods, strict=True))
         verified = (reward.value or 0.0) > 0.0 and any(f.kind == "outcome" for f in case.feedback)
         earlier = self._earlier(case)
-        out = []
-        for step in case.episode.steps:
+        out: list[Example] = []
+        for step in reversed(case.episode.steps):  # what led on from a state comes before what only came back to it
             if not step.trainable or step.finish_reason == "aborted":
                 continue
-            example = self._example(step, case, advantage.get(step.id, 0.0), method.get(step.id, ""), verified)
+            share = (advantage.get(step.id, 0.0), method.get(step.id, ""))
+            example = self._example(step, case, share, verified, out)
             previous = earlier.get(step.id)
             if example is None and previous is not None and not is_withdrawn(previous):
                 example = replace(self._blank(step, case), origin="withdrawn")
             if example is not None and not _unchanged(previous, example):
                 out.append(example)
-        return out
+        return out[::-1]
 
     def _earlier(self, case: Case) -> dict[str, Example]:
         return {e.step_id: e for _, e in self._store.read(Example, episode_id=case.episode.id)}
 
-    def _example(self, step: Step, case: Case, advantage: float, method: str, verified: bool) -> Example | None:
+    def _example(
+        self, step: Step, case: Case, share: tuple[float, str], verified: bool, fresh: Sequence[Example]
+    ) -> Example | None:
+        advantage, method = share
         blank = replace(self._blank(step, case), verified=verified)
         correction = _newest(case, "correction", step)
         if correction is not None:
@@ -75,8 +79,10 @@ class ExampleBuilder:
         if advantage > 0.0:
             origin = "success" if method == "outcome" else "score"
             good = replace(weighed, chosen_ids=step.completion_ids, origin=origin)
-            return self._retain(self._pair(good, bad=False))
-        return self._pair(replace(weighed, rejected_ids=step.completion_ids, origin="failure"), bad=True)
+            return self._retain(self._pair(good, fresh, bad=False))
+        return self._retain(
+            self._pair(replace(weighed, rejected_ids=step.completion_ids, origin="failure"), fresh, bad=True)
+        )
 
     def _blank(self, step: Step, case: Case) -> Example:
         return Example(
@@ -112,10 +118,12 @@ class ExampleBuilder:
             weight=feedback.confidence or 1.0,
         )
 
-    def _pair(self, example: Example, *, bad: bool) -> Example:
-        """Complete a lone answer with the newest answer of the opposite worth to the same state, if there is one."""
-        for _, other in reversed(self._store.read(Example, state=example.state)):
-            if other.step_id == example.step_id:
+    def _pair(self, example: Example, fresh: Sequence[Example], *, bad: bool) -> Example:
+        """Complete a lone answer with the newest answer of the opposite worth to the same state, if there is one;
+        ``fresh`` are those of this episode, which are not stored yet."""
+        stored = [e for _, e in self._store.read(Example, state=example.state)]
+        for other in reversed([*stored, *fresh]):
+            if other.state != example.state or other.step_id == example.step_id:
                 continue
             if bad and other.chosen_ids and other.chosen_ids != example.rejected_ids:
                 return replace(example, chosen_ids=other.chosen_ids)
@@ -127,7 +135,7 @@ class ExampleBuilder:
         """One in ``retain_every`` states with a verified good answer is kept for the gate. By state, so that it can
         never be trained on through another episode."""
         kept = self._retain_every > 0 and int(example.state[:8], 16) % self._retain_every == 0
-        return replace(example, retained=True) if kept and example.verified else example
+        return replace(example, retained=True) if kept and example.verified and example.chosen_ids else example
 
 
 def _newest(case: Case, kind: str, step: Step) -> Feedback | None:

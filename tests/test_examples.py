@@ -98,3 +98,15 @@ def test_some_states_are_kept_for_the_gate_and_always_the_same(store: Store) -> 
 
 def test_a_failure_is_never_kept_for_the_gate(store: Store) -> None:
     assert not any(e.retained for e in built(store, case_of(feedback("outcome", value=-1.0)), retain_every=1))
+
+
+def test_what_led_on_is_chosen_over_what_only_came_back_to_the_same_state(store: Store) -> None:
+    steps = (
+        step("s0", prompt_ids=(1,), completion_ids=(5,)),
+        step("s1", prompt_ids=(1,), completion_ids=(6,)),
+        step("s2", prompt_ids=(2,), completion_ids=(7,)),
+    )
+    first, second, third = built(store, case_of(feedback("outcome", value=1.0), steps=steps))
+    assert (first.chosen_ids, first.rejected_ids) == ((6,), (5,))
+    assert (second.chosen_ids, second.rejected_ids) == ((6,), ())
+    assert third.kind == "imitate"

@@ -77,7 +77,7 @@ def test_a_reward_is_in_range_or_abstained(
 
 
 def three_steps(*given_feedback: Feedback) -> Case:
-    return case_of(*given_feedback, steps=tuple(step(f"s{i}") for i in range(3)))
+    return case_of(*given_feedback, steps=tuple(step(f"s{i}", prompt_ids=(i,)) for i in range(3)))
 
 
 def test_success_is_shared_in_full() -> None:
@@ -105,3 +105,10 @@ def test_a_score_of_a_step_outranks_the_outcome() -> None:
     credit = credited(three_steps(feedback("outcome", value=1.0), feedback("score", step_id="s2", value=-1.0)))
     assert credit.advantages == (1.0, 1.0, -1.0)
     assert credit.step_ids == (StepId("s0"), StepId("s1"), StepId("s2"))
+
+
+def test_a_step_after_which_the_same_state_came_back_is_blamed_in_a_success() -> None:
+    steps = (step("s0", prompt_ids=(1,)), step("s1", prompt_ids=(1,)), step("s2", prompt_ids=(2,)))
+    credit = credited(case_of(feedback("outcome", value=1.0), steps=steps))
+    assert credit.advantages == (-1.0, 1.0, 1.0)
+    assert credit.methods == ("came back", "outcome", "outcome")
