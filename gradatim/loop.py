@@ -9,7 +9,7 @@ and started again. One candidate at a time is on its way up, or the learner woul
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from gradatim.config import LearnerConfig, LoopConfig
@@ -25,6 +25,8 @@ from gradatim.types import (
     Move,
     Record,
     Stage,
+    StepId,
+    Update,
     Verdict,
 )
 
@@ -117,12 +119,27 @@ class Loop:
         live = self._adapter(self._live())
         if not examples or not (flush or is_ripe(examples, live.id, self.learning, self.clock())):
             return False
+        examples = [*self._second_chance(live, {e.step_id for e in examples}), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         step = 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
         update, adapter = self.learner.update(examples, replay, live, step)
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: cursor})
         return True
+
+    def _second_chance(self, live: Adapter, newer: Set[StepId]) -> Sequence[Example]:
+        """What the gate refused last joins the next update once: a few examples more often do harm by themselves than
+        in company. Refused twice, they are out for good."""
+        stages = self.store.stages(self.name)
+        refused = [
+            u.example_ids
+            for _, u in self.store.read(Update, parent_id=live.id)
+            if u.adapter_id is not None and stages.get(u.adapter_id) is Stage.REJECTED
+        ]
+        before = {i for ids in refused[:-1] for i in ids}
+        once = [i for i in (refused[-1] if refused else ()) if i not in before][: self.learning.max_examples]
+        found = [e for i in once for _, e in self.store.read(Example, id=i)]
+        return [e for e in found if e.step_id not in newer]
 
     def _replayed(self, new: int) -> int:
         """As many old ones as the share says; more beside a few new ones, so that a gradient step is never of those

@@ -265,3 +265,23 @@ def test_bad_answers_alone_do_not_start_a_first_update(store: Store) -> None:
     good_episode(store, value=-1.0)
     run(loop)
     assert learner.calls == []
+
+
+def test_what_the_gate_refused_gets_one_more_chance_in_company(store: Store) -> None:
+    loop, learner = loop_on(store, Decision.FAIL)
+    for name in ("e1", "e2", "e3"):
+        good_episode(store, name)
+        run(loop)
+    first, second, third = (set(ids) for ids, _, _ in learner.calls)
+    assert len(first) == 1
+    assert first < second
+    assert not first & third
+    assert len(third) == 2  # the second episode's other chance, and the third episode
+
+
+def test_after_a_promotion_nothing_is_tried_again(store: Store) -> None:
+    loop, learner = loop_on(store)
+    for name in ("e1", "e2"):
+        good_episode(store, name)
+        run(loop)
+    assert [len(ids) for ids, _, _ in learner.calls] == [1, 1]
