@@ -156,8 +156,7 @@ def test_a_client_that_leaves_aborts_its_generation(kit: Kit, url: str, stream: 
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         if stream:
             assert b"200 OK" in connection.recv(100)
-        until(lambda: kit.engine.requests)
-        asyncio.run(asyncio.sleep(0.1))
+        until(lambda: kit.engine.drawn > 2)
     until(lambda: steps(kit))
     (step,) = steps(kit)
     assert (step.finish_reason, step.trainable) == ("aborted", False)

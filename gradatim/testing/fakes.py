@@ -83,6 +83,7 @@ class FakeEngine:
         self.broken_by = broken_by or RuntimeError("the fake engine was told to break")
         self.context = context
         self.aborted = 0
+        self.drawn = 0  # words given out so far, over all requests
         self.requests: list[tuple[Request, AdapterId]] = []
         self._loaded = {AdapterId(adapter) for adapter in adapters}
 
@@ -98,6 +99,7 @@ class FakeEngine:
                     await asyncio.sleep(self.delay_s)
                 if count == self.break_after:
                     raise self.broken_by
+                self.drawn += 1
                 yield delta
             done = True
         finally:
