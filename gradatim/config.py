@@ -59,12 +59,12 @@ class LearnerConfig:
     __pydantic_config__ = _STRICT
     rank: int = 16
     alpha: int = 32
-    lr: float = 3e-4
+    lr: float = 4e-4
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
     kl_limit: float = 0.3  # nats a token between candidate and live on replayed answers: a step past it is taken back
-    epochs: int = 2  # passes over the new examples in one update
+    epochs: int = 3  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5
     min_examples: int = 8  # an update waits for this many new examples with a good answer,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ class TableScorer:
         if adapter.id in self.broken:
             raise AdapterError(f"{adapter.id}: digest mismatch")
         known = self.right.get(adapter.id, set())
-        return [CaseScore(logprob=-0.1 if e.id in known else -0.2, greedy=e.id in known) for e in examples]
+        return [CaseScore(logprob=-0.1 if e.id in known else -1.0, greedy=e.id in known) for e in examples]
 
 
 def update(update_id: str = "u1", example_ids: tuple[str, ...] = (), **metrics: float) -> Update:
@@ -92,7 +93,7 @@ def test_losing_known_good_answers_of_one_skill_is_not_paid_for_by_another(tmp_p
         right = {"agent@0": {e.id for e in old}, "agent@1": {e.id for e in [*old[6:], *new]}}
         decision, reason = replay(store, right)
     assert decision is Decision.FAIL
-    assert "old against live: 6 of 20" in reason
+    assert "old against live: 4.1 of 20" in reason
 
 
 def test_gains_without_losses_pass(tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def refusals(before: float, after: float, n: int, changed: float = 0.1, runs: in
     for _ in range(runs):
         lost = sum(rng.random() < changed / 2 + (before - after) for _ in range(n))
         won = sum(rng.random() < changed / 2 for _ in range(n))
-        refused += bool(harm(Pairs(n=n, lost=lost, won=won, logprob=0.0), config))
+        refused += bool(harm(Pairs(n=n, net=lost - won, lost=lost, won=won, logprob=0.0), config))
     return refused / runs
 
 
@@ -147,8 +148,16 @@ def test_error_rates_of_the_replay_gate_by_simulation() -> None:
 
 
 def test_lost_likelihood_is_harm_even_where_no_answer_flips() -> None:
-    assert "nats" in harm(Pairs(n=10, lost=0, won=0, logprob=-0.9), GateConfig())
+    assert "nats" in harm(Pairs(n=10, net=0.0, lost=0, won=0, logprob=-0.9), GateConfig())
 
 
 def test_lost_likelihood_on_a_few_cases_does_not_outweigh_more_right_answers() -> None:
-    assert harm(Pairs(n=11, lost=2, won=4, logprob=-0.5), GateConfig()) == ""
+    assert harm(Pairs(n=11, net=-2.0, lost=2, won=4, logprob=-0.5), GateConfig()) == ""
+
+
+def test_near_equal_answers_that_change_places_are_no_loss(tmp_path: Path) -> None:
+    """Ten cases flip from just above to just below the other answer: greedy decoding loses all of them."""
+    cases = verified("a", 10, "s")
+    before = [CaseScore(logprob=math.log(0.51) / 2, greedy=True) for _ in cases]
+    after = [CaseScore(logprob=math.log(0.49) / 2, greedy=False) for _ in cases]
+    assert harm(Pairs.of(cases, after, before), GateConfig()) == ""

@@ -65,22 +65,33 @@ class StaticGate:
         return ""
 
 
+DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
+
+
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """How two adapters do on the same N cases."""
+    """How two adapters do on the same N cases.
+
+    What counts is the chance of giving exactly the good answer, not whether greedy decoding does: where two answers are
+    nearly equal, the least step flips all the cases that resemble each other at once, and means nothing.
+    """
 
     n: int
-    lost: int  # the reference gives the good answer, the candidate does not
+    net: float  # expected number of good answers lost, over the N cases
+    lost: int  # cases in which the good answer became decisively less likely
     won: int
     logprob: float  # mean difference of the good answer's log-probability, nats a token
 
     @staticmethod
-    def of(candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
+    def of(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
         both = list(zip(candidate, reference, strict=True))
+        tokens = [len(case.chosen_ids) for case in cases]
+        gains = [chance(c, t) - chance(r, t) for (c, r), t in zip(both, tokens, strict=True)]
         return Pairs(
             n=len(both),
-            lost=sum(r.greedy and not c.greedy for c, r in both),
-            won=sum(c.greedy and not r.greedy for c, r in both),
+            net=-sum(gains),
+            lost=sum(gain < -DECISIVE for gain in gains),
+            won=sum(gain > DECISIVE for gain in gains),
             logprob=sum(c.logprob - r.logprob for c, r in both) / max(1, len(both)),
         )
 
@@ -91,11 +102,15 @@ class Pairs:
         return float(stats.binomtest(self.lost, changed, 0.5, alternative="greater").pvalue) if changed else 1.0
 
 
+def chance(score: CaseScore, tokens: int) -> float:
+    """Of sampling exactly the good answer at temperature 1."""
+    return math.exp(min(0.0, score.logprob * tokens))
+
+
 def harm(pairs: Pairs, config: GateConfig) -> str:
     """Why the candidate is worse than the reference on these cases, or nothing."""
-    net = pairs.lost - pairs.won
-    if net > max(1.0, config.margin * pairs.n):
-        return f"{net} of {pairs.n} known good answers lost"
+    if pairs.net > max(1.0, config.margin * pairs.n):
+        return f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
     if pairs.lost > pairs.won and pairs.p_value < config.alpha:
         return f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
     if pairs.lost >= pairs.won and pairs.logprob < -config.logprob_margin:  # a mean over few cases has heavy tails
@@ -124,7 +139,11 @@ class ReplayGate:
             for reference in {live.id, anchor.id}:
                 label = "live" if reference == live.id else "anchor"
                 for skill, rows in _by_skill(cases).items():
-                    pairs = Pairs.of([scores[candidate.id][i] for i in rows], [scores[reference][i] for i in rows])
+                    pairs = Pairs.of(
+                        [cases[i] for i in rows],
+                        [scores[candidate.id][i] for i in rows],
+                        [scores[reference][i] for i in rows],
+                    )
                     evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
                     if problem := harm(pairs, self._config):
                         reasons.append(f"{skill} against {label}: {problem}")
@@ -177,4 +196,10 @@ def _by_skill(cases: Sequence[Example]) -> Mapping[str, list[int]]:
 
 
 def _numbers(pairs: Pairs) -> dict[str, float]:
-    return {"n": pairs.n, "lost": pairs.lost, "won": pairs.won, "logprob": round(pairs.logprob, 4)}
+    return {
+        "n": pairs.n,
+        "net": round(pairs.net, 2),
+        "lost": pairs.lost,
+        "won": pairs.won,
+        "logprob": round(pairs.logprob, 4),
+    }
