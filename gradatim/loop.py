@@ -119,7 +119,8 @@ class Loop:
         live = self._adapter(self._live())
         if not examples or not (flush or is_ripe(examples, live.id, self.learning, self.clock())):
             return False
-        examples = [*self._second_chance(live, {e.step_id for e in examples}), *examples]
+        room = self.learning.max_examples - len(examples)
+        examples = [*self._second_chance(live, {e.step_id for e in examples})[:room], *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         step = 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
         update, adapter = self.learner.update(examples, replay, live, step)
@@ -137,7 +138,7 @@ class Loop:
             if u.adapter_id is not None and stages.get(u.adapter_id) is Stage.REJECTED
         ]
         before = {i for ids in refused[:-1] for i in ids}
-        once = [i for i in (refused[-1] if refused else ()) if i not in before][: self.learning.max_examples]
+        once = [i for i in (refused[-1] if refused else ()) if i not in before]
         found = [e for i in once for _, e in self.store.read(Example, id=i)]
         return [e for e in found if e.step_id not in newer]
 
