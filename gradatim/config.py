@@ -82,7 +82,6 @@ class GateConfig:
     max_cases: int = 96  # retained examples replayed, newest first within each skill
     margin: float = 0.05  # share of a skill's retained answers that may be lost
     alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
-    logprob_margin: float = 0.3  # nats a token
     max_delta_norm: float = 1.0  # largest ||delta W|| / ||W|| of any layer
 
 
@@ -121,10 +120,10 @@ class Config:
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
-    "low": {"gate": {"margin": 0.10, "alpha": 0.02, "logprob_margin": 0.6}, "learner": {"lr": 6e-4, "kl_limit": 1.0}},
+    "low": {"gate": {"margin": 0.10, "alpha": 0.02}, "learner": {"lr": 6e-4, "kl_limit": 1.0}},
     "normal": {},
     "high": {
-        "gate": {"margin": 0.02, "alpha": 0.10, "logprob_margin": 0.15},
+        "gate": {"margin": 0.02, "alpha": 0.10},
         "learner": {"lr": 1.5e-4, "kl_limit": 0.2},
         "reward": {"abstain_band": 0.4},
     },

@@ -113,8 +113,6 @@ def harm(pairs: Pairs, config: GateConfig) -> str:
         return f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
     if pairs.lost > pairs.won and pairs.p_value < config.alpha:
         return f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
-    if pairs.lost >= pairs.won and pairs.logprob < -config.logprob_margin:  # a mean over few cases has heavy tails
-        return f"good answers lost {-pairs.logprob:.2f} nats a token"
     return ""
 
 
