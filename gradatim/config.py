@@ -64,12 +64,12 @@ class LearnerConfig:
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
     kl_limit: float = 0.3  # nats a token between candidate and live on replayed answers: a step past it is taken back
-    epochs: int = 3  # passes over the new examples in one update
+    epochs: int = 2  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5
     min_examples: int = 8  # an update waits for this many new examples with a good answer,
     max_wait_s: float = 20.0  # or, once there is something to replay, until the oldest has waited this long
-    max_examples: int = 32  # new examples in one update
+    max_examples: int = 24  # new examples in one update
     max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
     retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on
     threads: int = 1

@@ -58,10 +58,10 @@ class StoryConfig:
             redesign_rounds=2,
             corrected=4,
             outcomes=4,
-            harmful=4,
+            harmful=10,
             retrieval=8,
-            settle_s=40.0,
-            judge_s=60.0,
+            settle_s=90.0,
+            judge_s=180.0,
             identity=5,
             random_episodes=30,
         )
@@ -76,7 +76,7 @@ class StoryConfig:
             redesign_rounds=5,
             corrected=4,
             outcomes=4,
-            harmful=8,
+            harmful=12,
             retrieval=24,
             random_episodes=100,
         )

@@ -270,6 +270,7 @@ class Story:
     # (v)
 
     def _harm(self) -> Harmful:
+        self._settle(self.config.judge_s)  # so that what is judged next is of the harmful batch and of nothing else
         known = {a.id for a in self.wire.adapters()[0]}
         before = self.wire.status()
         seeds = [next(self._next_train[CORRECTED]) for _ in range(self.config.harmful)]
