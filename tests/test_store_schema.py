@@ -228,16 +228,16 @@ def test_cases_cost_a_fixed_number_of_statements(tmp_path: Path) -> None:
 
 
 def test_the_generation_rises_with_every_change_of_stage_and_with_nothing_else(tmp_path: Path) -> None:
-    from gradatim.testing.store import _adapter
+    from gradatim.testing.records import an_adapter
 
     with open_store(tmp_path / "store.db") as store:
         assert store.generation() == 0
-        store.append(_adapter(0))
+        store.append(an_adapter(0))
         first = store.generation()
         assert first > 0
         store.append(feedback("score"))
         assert store.generation() == first
-        store.append(_adapter(1))
+        store.append(an_adapter(1))
         assert store.generation() > first
         assert store.counts() == {
             **dict.fromkeys((table.name for table in TABLES.values()), 0),

@@ -17,26 +17,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
 
 from gradatim.errors import ConflictError, StoreError, TransitionError
 from gradatim.protocols import Store
+from gradatim.testing.records import a_feedback, a_move, a_step, a_verdict, an_adapter, one_of_each
 from gradatim.types import (
     RECORDS,
     Adapter,
     AdapterId,
-    Credit,
     Decision,
     EpisodeId,
-    Example,
     Feedback,
     Move,
     Record,
-    Reward,
     Stage,
     Step,
     StepId,
-    Update,
     Verdict,
 )
 
@@ -58,147 +54,6 @@ def check_store(open_store: OpenStore) -> None:
             raise
 
 
-# ---------------------------------------------------------------------------------------- records to write
-
-
-def _step(id: str, episode: str = "episode", **fields: Any) -> Step:
-    given: dict[str, Any] = {
-        "adapter_id": AdapterId("agent@0"),
-        "adapter_sha256": "00" * 32,
-        "stage": "live",
-        "prompt_ids": (1, 2, 3),
-        "completion_ids": (4, 5),
-        "logprobs": (-0.25, -1.5),
-        "text": "hello",
-        "finish_reason": "stop",
-        **fields,
-    }
-    return Step(id=StepId(id), episode_id=EpisodeId(episode), created_at=1.0, **given)
-
-
-def _feedback(id: str, episode: str = "episode", **fields: Any) -> Feedback:
-    given: dict[str, Any] = {"created_at": 2.0, "kind": "score", "source": "human:alice", "value": 1.0, **fields}
-    return Feedback(id=id, episode_id=EpisodeId(episode), **given)
-
-
-def _adapter(step: int, name: str = "agent", **fields: Any) -> Adapter:
-    given: dict[str, Any] = {
-        "parent_id": AdapterId(f"{name}@{step - 1}") if step else None,
-        "path": f"adapters/{name}/{step}" if step else "",
-        "base_sha256": "ba" * 32,
-        "sha256": f"{step:02x}" * 32,
-        "created_at": 3.0 + step,
-        "update_id": f"u{step}" if step else "",
-        **fields,
-    }
-    return Adapter(id=AdapterId(f"{name}@{step}"), name=name, step=step, **given)
-
-
-def _move(adapter: str, before: Stage | None, after: Stage) -> Move:
-    return Move(adapter_id=AdapterId(adapter), created_at=9.0, before=before, after=after, actor="person", reason="why")
-
-
-def _verdict(adapter: str) -> Verdict:
-    return Verdict(
-        adapter_id=AdapterId(adapter),
-        created_at=8.0,
-        gate="replay",
-        decision=Decision.PASS,
-        against=(AdapterId("agent@0"), AdapterId("agent@1")),
-        evidence={"p": 0.125, "lost": 1.0, "ratio": float("inf")},
-        reason="no skill lost more than \N{GREEK SMALL LETTER DELTA}",
-    )
-
-
-_ODD = "tab\t, newline\n, NUL\0, \N{SNOWMAN}, \N{GRINNING FACE}, a lone surrogate \ud800, 'quotes\" and \\"
-
-
-def _one_of_each() -> Sequence[Record]:
-    """Every kind but Move, whose only way in is ``move``; with what is hard to keep in every field that users fill."""
-    episode, step = EpisodeId("episode"), StepId("step")
-    messages = ({"role": "user", "content": _ODD}, {"role": "tool", "content": [{"n": 1.5, "none": None, "yes": True}]})
-    return (
-        _step(
-            "step",
-            propensity=0.9,
-            messages=messages,
-            prompt_ids=(0, 1, 2**31 - 1),
-            logprobs=(-0.1, -1.0 / 3.0),
-            text=_ODD,
-            sampling={"temperature": 0.7, "logit_bias": {"5": -1.0}, "stop": None},
-            user="alice \N{SNOWMAN}",
-            skill="login",
-            trainable=False,
-            chain_key="c" * 64,
-            latency_s=0.125,
-        ),
-        _step("step:1", messages=(), prompt_ids=(), completion_ids=(), logprobs=(), text="", finish_reason="aborted"),
-        _feedback(
-            "feedback",
-            kind="preference",
-            step_id=step,
-            rejected_id=StepId("step:1"),
-            value=None,
-            correction=_ODD,
-            comment=_ODD,
-            confidence=0.3,
-            tags=("a", "b,c"),
-        ),
-        Reward(
-            episode_id=episode,
-            created_at=3.0,
-            value=None,
-            confidence=0.1,
-            reason=_ODD,
-            feedback_ids=("feedback",),
-            position=3,
-        ),
-        Reward(episode_id=episode, created_at=3.5, value=-1.0 / 3.0, confidence=1.0),
-        Credit(
-            episode_id=episode,
-            created_at=4.0,
-            step_ids=(step, StepId("step:1")),
-            advantages=(1.0 / 3.0, -1.0),
-            methods=("correction", "outcome"),
-            position=3,
-        ),
-        Example(
-            id="example",
-            created_at=5.0,
-            episode_id=episode,
-            step_id=step,
-            prompt_ids=(1, 2, 3),
-            chosen_ids=(4,),
-            rejected_ids=(5, 6),
-            weight=0.1,
-            origin="correction",
-            skill="login",
-            state="s" * 64,
-            retained=True,
-            verified=True,
-            feedback_ids=("feedback",),
-            user="alice",
-            position=3,
-        ),
-        _adapter(0),
-        Update(
-            id="u1",
-            created_at=6.0,
-            applied=True,
-            parent_id=AdapterId("agent@0"),
-            adapter_id=AdapterId("agent@1"),
-            example_ids=("example",),
-            replay_ids=("old",),
-            kinds={"correction": 1},
-            metrics={"loss": 0.1, "kl": 1e-9},
-            duration_s=0.5,
-        ),
-        Update(id="u2", created_at=6.5, applied=False, parent_id=AdapterId("agent@0"), refused_because=_ODD),
-        _adapter(1),
-        _verdict("agent@1"),
-    )
-
-
 @contextmanager
 def _refused(error: type[Exception], *, by: str) -> Iterator[None]:
     try:
@@ -218,10 +73,10 @@ def _log(store: Store) -> list[tuple[int, Record]]:
 
 def _promote(store: Store, step: int, name: str = "agent") -> None:
     """Register ``name@step`` and make it live in place of the one before."""
-    store.append(_adapter(step, name))
+    store.append(an_adapter(step, name))
     store.move(
-        _move(f"{name}@{step}", Stage.CANDIDATE, Stage.LIVE),
-        _move(f"{name}@{step - 1}", Stage.LIVE, Stage.RETIRED),
+        a_move(f"{name}@{step}", Stage.CANDIDATE, Stage.LIVE),
+        a_move(f"{name}@{step - 1}", Stage.LIVE, Stage.RETIRED),
     )
 
 
@@ -229,11 +84,11 @@ def _promote(store: Store, step: int, name: str = "agent") -> None:
 
 
 def check_every_kind_of_record_comes_back_equal(open_store: OpenStore) -> None:
-    records = _one_of_each()
+    records = one_of_each()
     with open_store("round-trip") as store:
         for record in records:
             store.append(record)
-        move = _move("agent@1", Stage.CANDIDATE, Stage.SHADOW)
+        move = a_move("agent@1", Stage.CANDIDATE, Stage.SHADOW)
         store.move(move)
         kept = [record for _, record in _log(store)]
         for record in (*records, move):
@@ -252,7 +107,7 @@ def check_every_kind_of_record_comes_back_equal(open_store: OpenStore) -> None:
 def check_reading_by_position_limit_and_column(open_store: OpenStore) -> None:
     with open_store("read") as store:
         for i in range(10):
-            store.append(_step(f"s{i}", f"e{i % 2}", chain_key="same" if i in (3, 7) else ""))
+            store.append(a_step(f"s{i}", f"e{i % 2}", chain_key="same" if i in (3, 7) else ""))
         everything = store.read(Step)
         assert [step.id for _, step in everything] == [f"s{i}" for i in range(10)]
         fifth = everything[4][0]
@@ -277,13 +132,13 @@ def check_reading_by_position_limit_and_column(open_store: OpenStore) -> None:
 
 def check_a_submit_is_all_or_nothing(open_store: OpenStore) -> None:
     with open_store("atomic") as store:
-        store.append(_feedback("taken"))
+        store.append(a_feedback("taken"))
         before = _log(store)
         with _refused(ConflictError, by="an id that stands for another target"):
-            store.append(_step("s"), _feedback("new"), _feedback("taken", "another episode"), cursors={"c": 1})
+            store.append(a_step("s"), a_feedback("new"), a_feedback("taken", "another episode"), cursors={"c": 1})
         assert _log(store) == before, "a refused submit left records behind"
         assert store.cursor("c") == 0, "a refused submit moved a cursor"
-        last = store.append(_step("s"), _feedback("new"), cursors={"c": 1, "d": 2})
+        last = store.append(a_step("s"), a_feedback("new"), cursors={"c": 1, "d": 2})
         assert [position for position, _ in _log(store)][-1] == last
         assert (store.cursor("c"), store.cursor("d"), store.cursor("never set")) == (1, 2, 0)
         store.append(cursors={"c": last})
@@ -292,9 +147,11 @@ def check_a_submit_is_all_or_nothing(open_store: OpenStore) -> None:
 
 def check_one_refused_submit_fails_no_other(open_store: OpenStore) -> None:
     with open_store("neighbours") as store:
-        store.append(_feedback("taken"))
+        store.append(a_feedback("taken"))
         futures = [
-            store.submit(_feedback("taken", "another") if i % 3 == 0 else _feedback(f"f{i}"), cursors={f"c{i}": i + 1})
+            store.submit(
+                a_feedback("taken", "another") if i % 3 == 0 else a_feedback(f"f{i}"), cursors={f"c{i}": i + 1}
+            )
             for i in range(30)
         ]
         for i, future in enumerate(futures):
@@ -306,54 +163,54 @@ def check_one_refused_submit_fails_no_other(open_store: OpenStore) -> None:
 
 def check_feedback_is_idempotent_revised_and_retracted(open_store: OpenStore) -> None:
     with open_store("feedback") as store:
-        store.append(_step("s"), _step("t"))
-        first = store.append(_feedback("f", value=1.0, created_at=10.0))
-        again = store.append(_feedback("f", value=1.0, created_at=11.0))
+        store.append(a_step("s"), a_step("t"))
+        first = store.append(a_feedback("f", value=1.0, created_at=10.0))
+        again = store.append(a_feedback("f", value=1.0, created_at=11.0))
         assert again == first, "the same feedback, sent twice, did not resolve to the first position"
         assert len(store.read(Feedback)) == 1
-        revised = store.append(_feedback("f", value=-1.0, created_at=12.0))
+        revised = store.append(a_feedback("f", value=-1.0, created_at=12.0))
         assert revised > first
         (case,) = store.cases()
         assert (case.position, case.touched_at) == (revised, 12.0)
         assert [f.value for f in case.feedback] == [-1.0]
         assert [step.id for step in case.episode.steps] == ["s", "t"]
         back = store.append(
-            _feedback("f", value=1.0, created_at=13.0)
+            a_feedback("f", value=1.0, created_at=13.0)
         )  # equals an older revision: still a change of mind
         assert back > revised
-        retracted = store.append(_feedback("f", value=1.0, retracted=True, created_at=14.0))
+        retracted = store.append(a_feedback("f", value=1.0, retracted=True, created_at=14.0))
         (case,) = store.cases(after=back)
         assert (case.position, case.feedback) == (retracted, ()), "an episode without opinions left must still be seen"
         assert list(store.cases(after=retracted)) == []
-        renewed = store.append(_feedback("f", value=1.0, created_at=15.0))
+        renewed = store.append(a_feedback("f", value=1.0, created_at=15.0))
         assert [(c.position, len(c.feedback)) for c in store.cases()] == [(renewed, 1)]
 
 
 def check_feedback_for_another_target_conflicts(open_store: OpenStore) -> None:
     with open_store("conflict") as store:
-        store.append(_feedback("f", step_id=StepId("s")))
+        store.append(a_feedback("f", step_id=StepId("s")))
         for other in (
-            _feedback("f"),
-            _feedback("f", step_id=StepId("t")),
-            _feedback("f", "elsewhere", step_id=StepId("s")),
-            _feedback("f", step_id=StepId("s"), rejected_id=StepId("t")),
+            a_feedback("f"),
+            a_feedback("f", step_id=StepId("t")),
+            a_feedback("f", "elsewhere", step_id=StepId("s")),
+            a_feedback("f", step_id=StepId("s"), rejected_id=StepId("t")),
         ):
             with _refused(ConflictError, by="feedback for another target"):
                 store.append(other)
         assert len(store.read(Feedback)) == 1
         # within one submit as well
         with _refused(ConflictError, by="two targets under one id in one submit"):
-            store.append(_feedback("g"), _feedback("g", "elsewhere"))
+            store.append(a_feedback("g"), a_feedback("g", "elsewhere"))
         assert len(store.read(Feedback)) == 1
 
 
 def check_a_used_id_keeps_its_contents(open_store: OpenStore) -> None:
     with open_store("immutable") as store:
-        store.append(_step("s"), _adapter(0))
+        store.append(a_step("s"), an_adapter(0))
         with _refused(ConflictError, by="another step under a used id"):
-            store.append(_step("s", text="something else"))
+            store.append(a_step("s", text="something else"))
         with _refused(ConflictError, by="another adapter under a used id"):
-            store.append(_adapter(0, sha256="ff" * 32))
+            store.append(an_adapter(0, sha256="ff" * 32))
         assert [step.text for _, step in store.read(Step)] == ["hello"]
         assert [adapter.sha256 for _, adapter in store.read(Adapter)] == ["00" * 32]
 
@@ -361,10 +218,10 @@ def check_a_used_id_keeps_its_contents(open_store: OpenStore) -> None:
 def check_cases_come_in_the_order_of_their_newest_feedback(open_store: OpenStore) -> None:
     with open_store("cases") as store:
         for i in range(6):
-            store.append(_step(f"s{i}", f"e{i}"))
+            store.append(a_step(f"s{i}", f"e{i}"))
         for i in range(5):  # e5 has no feedback
-            store.append(_feedback(f"f{i}", f"e{i}"))
-        store.append(_feedback("late", "e1", source="critic:tests"))  # e1 goes to the end
+            store.append(a_feedback(f"f{i}", f"e{i}"))
+        store.append(a_feedback("late", "e1", source="critic:tests"))  # e1 goes to the end
         seen: list[str] = []
         after = 0
         while batch := store.cases(after=after, limit=2):
@@ -385,7 +242,7 @@ def check_positions_rise_and_cursors_never_skip(open_store: OpenStore) -> None:
         def write(writer: int) -> list[int]:
             positions = []
             for i in range(_WRITES):
-                kind = _feedback if i % 2 else _step
+                kind = a_feedback if i % 2 else a_step
                 positions.append(store.append(kind(f"{writer}-{i}", f"e{writer}")))
             return positions
 
@@ -415,40 +272,40 @@ def check_positions_rise_and_cursors_never_skip(open_store: OpenStore) -> None:
 
 def check_registering_an_adapter_gives_it_a_stage(open_store: OpenStore) -> None:
     with open_store("register") as store:
-        store.append(_adapter(0))
-        store.append(_adapter(1))
+        store.append(an_adapter(0))
+        store.append(an_adapter(1))
         assert store.stages("agent") == {"agent@0": Stage.LIVE, "agent@1": Stage.CANDIDATE}
         assert store.stages("nobody") == {}
         before = _log(store)
         with _refused(TransitionError, by="a second adapter on its way"):
-            store.append(_adapter(2))
+            store.append(an_adapter(2))
         with _refused(StoreError, by="an adapter without its parent"):
-            store.append(_adapter(7, "orphan"))
+            store.append(an_adapter(7, "orphan"))
         assert _log(store) == before
         assert "agent@2" not in store.stages("agent")
-        store.append(_adapter(0, "other"), _adapter(1, "other"))  # names do not get in each other's way
+        store.append(an_adapter(0, "other"), an_adapter(1, "other"))  # names do not get in each other's way
         assert store.stages("other") == {"other@0": Stage.LIVE, "other@1": Stage.CANDIDATE}
 
 
 def check_stages_move_with_what_justified_it(open_store: OpenStore) -> None:
     with open_store("move") as store:
-        store.append(_adapter(0), _adapter(1))
+        store.append(an_adapter(0), an_adapter(1))
         store.move(
-            _move("agent@1", Stage.CANDIDATE, Stage.LIVE),  # who comes may stand before who leaves
-            _move("agent@0", Stage.LIVE, Stage.RETIRED),
-            verdicts=[_verdict("agent@1")],
+            a_move("agent@1", Stage.CANDIDATE, Stage.LIVE),  # who comes may stand before who leaves
+            a_move("agent@0", Stage.LIVE, Stage.RETIRED),
+            verdicts=[a_verdict("agent@1")],
             cursors={"loop": 4},
         )
         assert store.stages("agent") == {"agent@0": Stage.RETIRED, "agent@1": Stage.LIVE}
         assert store.cursor("loop") == 4
-        assert [v for _, v in store.read(Verdict, adapter_id="agent@1")] == [_verdict("agent@1")]
+        assert [v for _, v in store.read(Verdict, adapter_id="agent@1")] == [a_verdict("agent@1")]
         assert [m.after for _, m in store.read(Move, adapter_id="agent@1")] == [Stage.CANDIDATE, Stage.LIVE]
-        store.append(_adapter(2))
-        store.move(_move("agent@2", Stage.CANDIDATE, Stage.REJECTED))
-        store.append(_adapter(3, parent_id=AdapterId("agent@1")))  # the way is free again
+        store.append(an_adapter(2))
+        store.move(a_move("agent@2", Stage.CANDIDATE, Stage.REJECTED))
+        store.append(an_adapter(3, parent_id=AdapterId("agent@1")))  # the way is free again
         store.move(  # a rollback
-            _move("agent@1", Stage.LIVE, Stage.ROLLED_BACK),
-            _move("agent@0", Stage.RETIRED, Stage.LIVE),
+            a_move("agent@1", Stage.LIVE, Stage.ROLLED_BACK),
+            a_move("agent@0", Stage.RETIRED, Stage.LIVE),
         )
         assert store.stages("agent") == {
             "agent@0": Stage.LIVE,
@@ -460,40 +317,40 @@ def check_stages_move_with_what_justified_it(open_store: OpenStore) -> None:
 
 def check_illegal_transitions_write_nothing(open_store: OpenStore) -> None:
     live, candidate, retired, rejected = Stage.LIVE, Stage.CANDIDATE, Stage.RETIRED, Stage.REJECTED
-    retire = _move("agent@1", live, retired)
+    retire = a_move("agent@1", live, retired)
     refused: Mapping[str, Sequence[Move]] = {
-        "a transition that the table lacks": [_move("agent@1", live, candidate)],
-        "a way out of rejected": [_move("agent@2", rejected, live), retire],
-        "an outdated before": [_move("agent@3", Stage.SHADOW, Stage.CANARY)],
-        "a second live adapter": [_move("agent@3", candidate, live)],
+        "a transition that the table lacks": [a_move("agent@1", live, candidate)],
+        "a way out of rejected": [a_move("agent@2", rejected, live), retire],
+        "an outdated before": [a_move("agent@3", Stage.SHADOW, Stage.CANARY)],
+        "a second live adapter": [a_move("agent@3", candidate, live)],
         "nobody live": [retire],
-        "nobody live, one of two": [retire, _move("agent@3", candidate, Stage.SHADOW)],
-        "an unknown adapter": [_move("agent@9", candidate, Stage.SHADOW)],
-        "registration by move": [_move("agent@3", None, candidate)],
-        "one wrong of three": [retire, _move("agent@3", candidate, live), _move("agent@0", live, retired)],
+        "nobody live, one of two": [retire, a_move("agent@3", candidate, Stage.SHADOW)],
+        "an unknown adapter": [a_move("agent@9", candidate, Stage.SHADOW)],
+        "registration by move": [a_move("agent@3", None, candidate)],
+        "one wrong of three": [retire, a_move("agent@3", candidate, live), a_move("agent@0", live, retired)],
     }
     with open_store("illegal") as store:
-        store.append(_adapter(0))
+        store.append(an_adapter(0))
         _promote(store, 1)
-        store.append(_adapter(2))
-        store.move(_move("agent@2", candidate, rejected))
-        store.append(_adapter(3, parent_id=AdapterId("agent@1")))
+        store.append(an_adapter(2))
+        store.move(a_move("agent@2", candidate, rejected))
+        store.append(an_adapter(3, parent_id=AdapterId("agent@1")))
         log, stages = _log(store), dict(store.stages("agent"))
         for name, moves in refused.items():
             with _refused(TransitionError, by=name):
-                store.move(*moves, verdicts=[_verdict("agent@3")], cursors={"loop": 1})
+                store.move(*moves, verdicts=[a_verdict("agent@3")], cursors={"loop": 1})
             assert dict(store.stages("agent")) == stages, name
             assert _log(store) == log, f"{name}: something was written"
             assert store.cursor("loop") == 0, name
         with _refused(StoreError, by="a Move that moves nothing"):
-            store.append(_move("agent@3", candidate, Stage.SHADOW))
+            store.append(a_move("agent@3", candidate, Stage.SHADOW))
         assert _log(store) == log
 
 
 def check_exactly_one_is_live_whoever_promotes(open_store: OpenStore) -> None:
     """Many try to promote at once while others look: one wins, and nobody ever sees none or two live."""
     with open_store("race") as store:
-        store.append(_adapter(0), _adapter(1))
+        store.append(an_adapter(0), an_adapter(1))
         done = threading.Event()
         seen: list[int] = []
 
@@ -503,7 +360,7 @@ def check_exactly_one_is_live_whoever_promotes(open_store: OpenStore) -> None:
 
         def promote(_: int) -> bool:
             try:
-                store.move(_move("agent@1", Stage.CANDIDATE, Stage.LIVE), _move("agent@0", Stage.LIVE, Stage.RETIRED))
+                store.move(a_move("agent@1", Stage.CANDIDATE, Stage.LIVE), a_move("agent@0", Stage.LIVE, Stage.RETIRED))
             except TransitionError:
                 return False
             return True
@@ -522,9 +379,9 @@ def check_exactly_one_is_live_whoever_promotes(open_store: OpenStore) -> None:
 
 def check_reopening_shows_everything(open_store: OpenStore) -> None:
     with open_store("reopen") as store:
-        store.append(*_one_of_each(), cursors={"loop": 3})
-        store.move(_move("agent@1", Stage.CANDIDATE, Stage.SHADOW))
-        futures = [store.submit(_feedback(f"f{i}")) for i in range(20)]  # closing must not drop what waits
+        store.append(*one_of_each(), cursors={"loop": 3})
+        store.move(a_move("agent@1", Stage.CANDIDATE, Stage.SHADOW))
+        futures = [store.submit(a_feedback(f"f{i}")) for i in range(20)]  # closing must not drop what waits
         log = _log(store) if all(f.exception(_WAIT_S) is None for f in futures) else []
         cases, stages = list(store.cases()), dict(store.stages("agent"))
     with open_store("reopen") as store:
@@ -532,23 +389,23 @@ def check_reopening_shows_everything(open_store: OpenStore) -> None:
         assert list(store.cases()) == cases
         assert dict(store.stages("agent")) == stages
         assert store.cursor("loop") == 3
-        assert store.append(_feedback("after")) == log[-1][0] + 1, "positions must go on where they were"
+        assert store.append(a_feedback("after")) == log[-1][0] + 1, "positions must go on where they were"
 
 
 def check_two_openings_see_each_other(open_store: OpenStore) -> None:
     """The server and the loop are two processes on one store."""
     with open_store("shared") as server, open_store("shared") as loop:
         with ThreadPoolExecutor(2) as pool:
-            ours = pool.submit(lambda: [server.append(_feedback(f"a{i}")) for i in range(_WRITES)])
-            theirs = pool.submit(lambda: [loop.append(_feedback(f"b{i}")) for i in range(_WRITES)])
+            ours = pool.submit(lambda: [server.append(a_feedback(f"a{i}")) for i in range(_WRITES)])
+            theirs = pool.submit(lambda: [loop.append(a_feedback(f"b{i}")) for i in range(_WRITES)])
             positions = ours.result(_WAIT_S) + theirs.result(_WAIT_S)
         assert sorted(positions) == list(range(1, 2 * _WRITES + 1))
         assert _log(server) == _log(loop)
-        server.append(_adapter(0), _adapter(1))
-        loop.move(_move("agent@1", Stage.CANDIDATE, Stage.LIVE), _move("agent@0", Stage.LIVE, Stage.RETIRED))
+        server.append(an_adapter(0), an_adapter(1))
+        loop.move(a_move("agent@1", Stage.CANDIDATE, Stage.LIVE), a_move("agent@0", Stage.LIVE, Stage.RETIRED))
         assert server.stages("agent")[AdapterId("agent@1")] is Stage.LIVE
         with _refused(ConflictError, by="an id that the other process used for another target"):
-            server.append(replace(_feedback("b0"), episode_id=EpisodeId("elsewhere")))
+            server.append(replace(a_feedback("b0"), episode_id=EpisodeId("elsewhere")))
 
 
 STORE_CHECKS: Sequence[Check] = (
