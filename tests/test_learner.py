@@ -17,7 +17,7 @@ from gradatim.learner import learner as learning
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.learner import LoraLearner
 from gradatim.learner.scorer import TorchScorer
-from gradatim.nn.lora import STATE_FILE, TMP_PREFIX
+from gradatim.nn.lora import STATE_FILE, TMP_PREFIX, read_adapter
 from gradatim.testing.learner import LEARNER_CHECKS, Check
 from gradatim.types import Adapter, Example, Update
 from tests import records
@@ -195,3 +195,15 @@ def test_an_update_between_two_scores_does_not_leak_into_the_base(tmp_path: Path
     subject.update([pair(1)], [], base, 1)
     assert TorchScorer(tiny_base(), CONFIG, tmp_path).score(base, [pair(1)])[0] == before
     assert torch.get_num_threads() == CONFIG.threads
+
+
+def test_every_update_says_how_far_its_weights_moved_for_the_gate_to_judge(tmp_path: Path) -> None:
+    update, adapter = applied(learner(tmp_path).update([pair()], [], base_adapter(), 1))
+    weights = read_adapter(tmp_path / adapter.path, adapter.sha256)
+    model = tiny_base().model
+    slow = max(
+        float((weights.scaling * b @ a).norm() / model.get_submodule(path).weight.norm())
+        for path, (a, b) in weights.modules.items()
+    )
+    assert update.metrics["delta_norm"] == pytest.approx(slow, rel=1e-4)
+    assert slow > 0.0

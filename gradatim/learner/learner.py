@@ -38,6 +38,7 @@ from gradatim.nn.lora import (
     fresh_weights,
     read_adapter,
     read_state,
+    relative_norm,
     write_adapter,
 )
 from gradatim.nn.pack import Scored, packed_tokens, passes, score
@@ -179,7 +180,8 @@ class LoraLearner:
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
                 raise _RefusedError("the weights are not finite")
-            return made, _state(optimizer, lora), self._probe(run)
+            size = {"delta_norm": relative_norm(self._base.model, made)}
+            return made, _state(optimizer, lora), self._probe(run) | size
 
     def _walk(
         self,

@@ -345,3 +345,15 @@ class Lora:
             return y.view(-1, y.shape[-1]).addmm_(h, b.to(x.dtype).t(), alpha=self.scaling).view(y.shape)
 
         return add_branch
+
+
+def relative_norm(model: Any, weights: LoraWeights) -> float:
+    """The largest ``||s B A|| / ||W||`` (Frobenius) of any adapted layer, without building ``B A`` (out, in):
+    ``||B A||^2 = tr((B^T B)(A A^T))``, both (r, r)."""
+    ratios = []
+    for path, (a, b) in weights.modules.items():
+        a64, b64 = a.double(), b.double()
+        squared = float(((b64.T @ b64) * (a64 @ a64.T)).sum())
+        base = float(model.get_submodule(path).weight.detach().float().norm())
+        ratios.append(weights.scaling * max(0.0, squared) ** 0.5 / base if base else math.inf)
+    return max(ratios, default=0.0)
