@@ -82,7 +82,8 @@ class GateConfig:
     max_cases: int = 96  # retained examples replayed, newest first within each skill
     margin: float = 0.05  # share of a skill's retained answers that may be lost
     alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
-    max_delta_norm: float = 1.0  # largest ||delta W|| / ||W|| of any layer
+    repair: float = 3.0  # harm of up to this many margins has the step halved, twice at most; beyond, it is refused
+    max_delta_norm: float = 0.2  # largest ||delta W|| / ||W|| of any layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

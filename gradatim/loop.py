@@ -9,7 +9,7 @@ and started again. One candidate at a time is on its way up, or the learner woul
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gradatim.config import LearnerConfig, LoopConfig
@@ -25,22 +25,24 @@ from gradatim.types import (
     Move,
     Record,
     Stage,
-    StepId,
     Update,
     Verdict,
 )
 
 JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
+SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
 
 def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig, now: float) -> bool:
-    """Whether an update should be made of these: they show enough good answers, or the oldest has waited its time and
-    there is something to replay beside them. A handful alone moves the weights at random."""
-    if sum(bool(e.chosen_ids) for e in examples) >= config.min_examples:
+    """Whether an update should be made of these: they show enough good answers, or the oldest one has waited its time
+    and there is something to replay beside them. A handful alone moves the weights at random, and bad answers alone
+    teach nothing but to say something else."""
+    good = [e for e in examples if e.chosen_ids]
+    if len(good) >= config.min_examples:
         return True
-    waited_s = now - min((e.created_at for e in examples), default=now)
-    return bool(examples) and not live.endswith("@0") and waited_s >= config.max_wait_s
+    waited_s = now - min((e.created_at for e in good), default=now)
+    return bool(good) and not live.endswith("@0") and waited_s >= config.max_wait_s
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,49 +100,59 @@ class Loop:
 
     # ------------------------------------------------------------------ examples -> candidate
 
-    def waiting(self) -> tuple[int, Sequence[Example]]:
-        """(cursor after them, the examples that the next update would learn from)."""
-        rows = self.store.read(Example, after=self.store.cursor(LEARNED), limit=4 * self.learning.max_examples)
+    def waiting(self, beside: int = 0) -> tuple[int, Sequence[Example]]:
+        """(cursor after them, the examples that the next update would learn from), with room left for ``beside``.
+
+        Of bad answers without a good one to the same prompt it takes the first few; the others have their use when a
+        good one comes and makes a pair of them.
+        """
+        most = max(self.learning.max_examples - beside, self.learning.min_examples)
+        alone = most // 4
         newest: dict[str, Example] = {}
-        cursor = 0
-        for position, example in rows:
+        cursor = self.store.cursor(LEARNED)
+        for position, example in self._examples_after(cursor):
             usable = not example.retained and bool(example.chosen_ids or example.rejected_ids)
-            if usable and example.step_id not in newest and len(newest) == self.learning.max_examples:
+            if usable and example.step_id not in newest and len(newest) == most:
                 break
             cursor = position
             newest.pop(example.step_id, None)
-            if usable:
+            is_alone = not example.chosen_ids
+            if usable and not (is_alone and sum(not e.chosen_ids for e in newest.values()) >= alone):
                 newest[example.step_id] = example
         return cursor, list(newest.values())
 
+    def _examples_after(self, position: int) -> Iterator[tuple[int, Example]]:
+        while page := self.store.read(Example, after=position, limit=200):
+            yield from page
+            position = page[-1][0]
+
     def learn(self, *, flush: bool = False) -> bool:
         """One update from what waits, if there is enough of it."""
-        cursor, examples = self.waiting()
         live = self._adapter(self._live())
+        refused = self._second_chance(live)
+        cursor, examples = self.waiting(beside=len(refused))
         if not examples or not (flush or is_ripe(examples, live.id, self.learning, self.clock())):
             return False
-        room = self.learning.max_examples - len(examples)
-        examples = [*self._second_chance(live, {e.step_id for e in examples})[:room], *examples]
+        revised = {e.step_id for e in examples}
+        examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
-        step = 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
-        update, adapter = self.learner.update(examples, replay, live, step)
+        update, adapter = self.learner.update(examples, replay, live, self._next_step())
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: cursor})
         return True
 
-    def _second_chance(self, live: Adapter, newer: Set[StepId]) -> Sequence[Example]:
+    def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than
         in company. Refused twice, they are out for good."""
         stages = self.store.stages(self.name)
         refused = [
             u.example_ids
             for _, u in self.store.read(Update, parent_id=live.id)
-            if u.adapter_id is not None and stages.get(u.adapter_id) is Stage.REJECTED
+            if u.adapter_id is not None and "scale" not in u.metrics and stages.get(u.adapter_id) is Stage.REJECTED
         ]
         before = {i for ids in refused[:-1] for i in ids}
         once = [i for i in (refused[-1] if refused else ()) if i not in before]
-        found = [e for i in once for _, e in self.store.read(Example, id=i)]
-        return [e for e in found if e.step_id not in newer]
+        return [e for i in once for _, e in self.store.read(Example, id=i)]
 
     def _replayed(self, new: int) -> int:
         """As many old ones as the share says; more beside a few new ones, so that a gradient step is never of those
@@ -166,11 +178,22 @@ class Loop:
         if decision is Decision.WAIT:
             return False
         after = self.path[stage] if decision is Decision.PASS else Stage.REJECTED
+        update = self._update(adapter) if decision is Decision.REPAIR else None
+        if update is not None:
+            reason += "; half of the step is tried"
         moves = [self._move(adapter.id, stage, after, reason)]
         if after is Stage.LIVE:
             moves.insert(0, self._move(live, Stage.LIVE, Stage.RETIRED, f"replaced by {adapter.id}"))
         self.store.move(*moves, verdicts=verdicts)
+        if update is not None:  # killed before this, the examples still have their second chance
+            self.store.append(*self.learner.shrink(update, adapter, self._adapter(live), self._next_step()))
         return True
+
+    def _update(self, adapter: Adapter) -> Update | None:
+        """What made it, where a smaller step may still be tried."""
+        for _, update in self.store.read(Update, id=adapter.update_id):
+            return update if update.metrics.get("scale", 1.0) > SMALLEST_STEP else None
+        return None
 
     def _move(self, adapter_id: AdapterId, before: Stage, after: Stage, reason: str) -> Move:
         return Move(
@@ -184,6 +207,9 @@ class Loop:
             if stage in ON_THE_WAY:
                 return self._adapter(adapter_id), stage
         return None
+
+    def _next_step(self) -> int:
+        return 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
 
     def _live(self) -> AdapterId:
         for adapter_id, stage in self.store.stages(self.name).items():

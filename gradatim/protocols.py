@@ -144,6 +144,10 @@ class Learner(Protocol):
     ) -> tuple[Update, Adapter | None]:
         """A refused update comes back with its reason and no adapter. LearnerError where it broke."""
 
+    def shrink(self, update: Update, adapter: Adapter, parent: Adapter, step: int) -> tuple[Update, Adapter]:
+        """Half of the change that ``update`` made of ``parent``, as another child of it. Its record says in
+        ``metrics["scale"]`` what share of the trained change it is. LearnerError."""
+
 
 class Scorer(Protocol):
     """How well an adapter gives the chosen answers of examples, teacher-forced."""

@@ -279,6 +279,7 @@ class Adapter:
 class Decision(StrEnum):
     PASS = "pass"
     FAIL = "fail"
+    REPAIR = "repair"  # a little too much harm: the same change, made smaller, is judged in its place
     WAIT = "wait"  # not enough evidence yet: it stays where it is
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +55,11 @@ class CountingLearner:
         )
         return record, None if self.refuses else made
 
+    def shrink(self, update: Update, whole: Adapter, parent: Adapter, number: int) -> tuple[Update, Adapter]:
+        made = adapter(number, parent=parent.step)
+        scale = 0.5 * update.metrics.get("scale", 1.0)
+        return replace(update, id=f"u{number}", adapter_id=made.id, metrics={"scale": scale}), made
+
 
 class NoReplay:
     def draw(self, n: int, *, exclude: frozenset[str] = frozenset()) -> Sequence[Example]:
@@ -68,6 +73,18 @@ class FixedGate:
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
         return Verdict(adapter_id=candidate.id, created_at=1.0, gate=self.name, decision=self.decision, reason="fixed")
+
+
+@dataclass
+class GateOfSteps:
+    """Passes the adapters of these steps, and has the others repaired."""
+
+    good: set[int]
+    name: str = "steps"
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        decision = Decision.PASS if candidate.step in self.good else Decision.REPAIR
+        return Verdict(adapter_id=candidate.id, created_at=1.0, gate=self.name, decision=decision, reason="steps")
 
 
 @pytest.fixture
@@ -285,3 +302,74 @@ def test_after_a_promotion_nothing_is_tried_again(store: Store) -> None:
         good_episode(store, name)
         run(loop)
     assert [len(ids) for ids, _, _ in learner.calls] == [1, 1]
+
+
+def repaired(store: Store, good: set[int]) -> dict[str, Stage]:
+    loop, learner = loop_on(store)
+    loop.gates = {Stage.CANDIDATE: [GateOfSteps(good)]}
+    good_episode(store)
+    run(loop, turns=8)
+    assert len(learner.calls) == 1
+    return {str(a): stage for a, stage in store.stages("agent").items()}
+
+
+def test_a_step_that_does_a_little_harm_is_halved_until_it_passes(store: Store) -> None:
+    stages = repaired(store, good={3})
+    assert stages == {
+        "agent@0": Stage.RETIRED,
+        "agent@1": Stage.REJECTED,
+        "agent@2": Stage.REJECTED,
+        "agent@3": Stage.LIVE,
+    }
+    assert [a.parent_id for _, a in store.read(Adapter, id="agent@3")] == ["agent@0"]
+
+
+def test_a_step_is_halved_twice_at_most(store: Store) -> None:
+    stages = repaired(store, good=set())
+    assert stages["agent@0"] is Stage.LIVE
+    assert [a for a, stage in stages.items() if stage is Stage.REJECTED] == ["agent@1", "agent@2", "agent@3"]
+
+
+def test_what_was_not_mended_by_halving_gets_its_second_chance(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.gates = {Stage.CANDIDATE: [GateOfSteps(set())]}
+    for name in ("e1", "e2"):
+        good_episode(store, name)
+        run(loop, turns=8)
+    assert len(learner.calls[1][0]) == 2
+
+
+def test_refused_examples_leave_room_for_new_ones_and_none_is_dropped(store: Store) -> None:
+    loop, learner = loop_on(store, Decision.FAIL)
+    loop.learning = LearnerConfig(min_examples=1, max_examples=4)
+    for name in ("a1", "a2", "a3"):
+        good_episode(store, name)
+    run(loop)
+    for name in ("b1", "b2", "b3"):
+        good_episode(store, name)
+    run(loop)
+    given = [set(ids) for ids, _, _ in learner.calls]
+    assert len(given[0]) == 3
+    assert given[0] < given[1]  # all refused ones, and one new
+    assert len(given[1]) == 4
+    assert len(set().union(*given)) == 6
+
+
+def test_bad_answers_alone_do_not_crowd_out_good_ones(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.learning = LearnerConfig(min_examples=1, max_examples=8)
+    for k in range(230):  # more than a page of the log
+        good_episode(store, f"bad{k}", value=-1.0)
+    good_episode(store, "good")
+    run(loop)
+    assert [len(ids) for ids, _, _ in learner.calls] == [3]
+
+
+def test_bad_answers_alone_make_no_update_however_long_they_wait(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.learning, loop.clock = LearnerConfig(min_examples=1, max_wait_s=0.0), time.time
+    good_episode(store)
+    run(loop)
+    good_episode(store, "bad", value=-1.0)
+    run(loop)
+    assert len(learner.calls) == 1

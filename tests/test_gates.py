@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def update(update_id: str = "u1", example_ids: tuple[str, ...] = (), **metrics: 
         applied=True,
         parent_id=AdapterId("agent@0"),
         example_ids=example_ids,
-        metrics={"loss": 0.5} | metrics,
+        metrics={"loss": 0.5, "delta_norm": 0.01} | metrics,
     )
 
 
@@ -73,6 +74,10 @@ def test_weights_that_moved_too_far_do_not_pass(tmp_path: Path) -> None:
     assert "norm" in static(tmp_path, update(delta_norm=7.0))
 
 
+def test_an_update_that_does_not_say_how_far_it_moved_does_not_pass(tmp_path: Path) -> None:
+    assert "delta_norm" in static(tmp_path, replace(update(), metrics={"loss": 0.5}))
+
+
 def test_corrupt_files_do_not_pass(tmp_path: Path) -> None:
     assert "digest" in static(tmp_path, update(), broken=["agent@1"])
 
@@ -94,6 +99,16 @@ def test_losing_known_good_answers_of_one_skill_is_not_paid_for_by_another(tmp_p
         decision, reason = replay(store, right)
     assert decision is Decision.FAIL
     assert "old against live: 4.1 of 20" in reason
+
+
+def test_a_little_harm_is_repaired_and_more_is_refused(tmp_path: Path) -> None:
+    """A margin of 1 of 20 answers, and 3 of 20 as the most that a smaller step may mend."""
+    cases = verified("a", 20, "s")
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*cases)
+        for lost, expected in ((1, Decision.PASS), (3, Decision.REPAIR), (5, Decision.FAIL)):
+            right = {"agent@0": {e.id for e in cases}, "agent@1": {e.id for e in cases[lost:]}}
+            assert replay(store, right)[0] is expected
 
 
 def test_gains_without_losses_pass(tmp_path: Path) -> None:
@@ -137,7 +152,7 @@ def refusals(before: float, after: float, n: int, changed: float = 0.1, runs: in
     for _ in range(runs):
         lost = sum(rng.random() < changed / 2 + (before - after) for _ in range(n))
         won = sum(rng.random() < changed / 2 for _ in range(n))
-        refused += bool(harm(Pairs(n=n, net=lost - won, lost=lost, won=won, logprob=0.0), config))
+        refused += harm(Pairs(n=n, net=lost - won, lost=lost, won=won, logprob=0.0), config)[0] is not Decision.PASS
     return refused / runs
 
 
@@ -148,7 +163,7 @@ def test_error_rates_of_the_replay_gate_by_simulation() -> None:
 
 
 def test_likelihood_lost_by_answers_that_nobody_would_have_got_is_no_loss() -> None:
-    assert harm(Pairs(n=5, net=0.25, lost=0, won=0, logprob=-0.9), GateConfig()) == ""
+    assert harm(Pairs(n=5, net=0.25, lost=0, won=0, logprob=-0.9), GateConfig())[0] is Decision.PASS
 
 
 def test_near_equal_answers_that_change_places_are_no_loss(tmp_path: Path) -> None:
@@ -156,4 +171,4 @@ def test_near_equal_answers_that_change_places_are_no_loss(tmp_path: Path) -> No
     cases = verified("a", 10, "s")
     before = [CaseScore(logprob=math.log(0.51) / 2, greedy=True) for _ in cases]
     after = [CaseScore(logprob=math.log(0.49) / 2, greedy=False) for _ in cases]
-    assert harm(Pairs.of(cases, after, before), GateConfig()) == ""
+    assert harm(Pairs.of(cases, after, before), GateConfig())[0] is Decision.PASS

@@ -131,6 +131,19 @@ def test_what_is_not_finite_is_refused_and_leaves_no_file(tmp_path: Path, monkey
     assert again.applied  # the shared model was left clean
 
 
+def test_a_batch_that_breaks_training_is_refused_and_not_tried_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    made = learner(tmp_path)
+    monkeypatch.setattr(learning, "score", out_of_memory)
+    update, adapter = made.update([pair()], [], base_adapter(), 1)
+    assert adapter is None and not update.applied
+    assert "can't allocate memory" in update.refused_because
+
+
 def test_damaged_and_foreign_parents_break_the_update(tmp_path: Path) -> None:
     subject = learner(tmp_path)
     _, parent = applied(subject.update([pair()], [], base_adapter(), 1))

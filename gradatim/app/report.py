@@ -17,6 +17,7 @@ from gradatim.types import (
     ON_THE_WAY,
     Adapter,
     AdapterId,
+    Decision,
     Example,
     Feedback,
     Move,
@@ -219,7 +220,7 @@ def _refusals(updates: Sequence[Update], verdicts: Sequence[Verdict]) -> list[Js
     rows += [
         {"at": v.created_at, "what": v.adapter_id, "by": f"gate {v.gate}", "reason": v.reason}
         for v in verdicts
-        if v.decision.value == "fail"
+        if v.decision in (Decision.FAIL, Decision.REPAIR)
     ]
     return sorted(rows, key=lambda row: row["at"], reverse=True)
 

@@ -159,11 +159,21 @@ class Story:
         random.Random(f"{phase} {what}").shuffle(jobs)
         drawn = [(task, next(self._next_train[task]), has_operator) for task, has_operator in jobs]
 
-        def work(job: tuple[str, int, bool]) -> EpisodeRecord:
+        def work(job: tuple[str, int, bool]) -> list[EpisodeRecord]:
             task, seed, has_operator = job
-            return self._attempt(task, seed, operator=ScriptedOperator() if has_operator else None)
+            if has_operator:
+                return [self._attempt(task, seed, operator=ScriptedOperator())]
+            return list(self._attempts(task, seed))
 
         self._retrieval.learn(self._collected(phase, what, self.pool.map(work, drawn), len(drawn)))
+
+    def _attempts(self, task: str, seed: int) -> Iterator[EpisodeRecord]:
+        """An agent that failed tries the same page again: what failed and what worked then have one state."""
+        for _ in range(self.config.attempts):
+            record = self._attempt(task, seed)
+            yield record
+            if record.success is not False:
+                return
 
     def _report_round(self, phase: str, number: int, live: str) -> None:
         last = [e for e in self.results.episodes if e.phase == phase and e.task.startswith(CORRECTED)]
@@ -194,25 +204,29 @@ class Story:
                 traffic=self.wire.traffic,
             )
 
-    def _collected(self, phase: str, what: str, records: Iterator[EpisodeRecord], total: int) -> list[EpisodeRecord]:
+    def _collected(
+        self, phase: str, what: str, pages: Iterator[list[EpisodeRecord]], total: int
+    ) -> list[EpisodeRecord]:
+        """The records of all attempts, page by page, noted in the results."""
         kept = []
-        for done, record in enumerate(records, 1):
-            kept.append(record)
-            self.results.episodes.append(
-                Episode(
-                    at_s=self._now(),
-                    phase=phase,
-                    task=record.task,
-                    seed=record.seed,
-                    success=record.success,
-                    steps=len(record.steps),
-                    corrections=record.corrections,
-                    adapters=tuple(dict.fromkeys(step.adapter for step in record.steps)),
-                    met_dialog=record.met_dialog,
-                )
-            )
+        for done, records in enumerate(pages, 1):
+            kept.extend(records)
+            self.results.episodes.extend(self._noted(phase, record) for record in records)
             self.screen.progress(f"{phase}: {what}", done, total)
         return kept
+
+    def _noted(self, phase: str, record: EpisodeRecord) -> Episode:
+        return Episode(
+            at_s=self._now(),
+            phase=phase,
+            task=record.task,
+            seed=record.seed,
+            success=record.success,
+            steps=len(record.steps),
+            corrections=record.corrections,
+            adapters=tuple(dict.fromkeys(step.adapter for step in record.steps)),
+            met_dialog=record.met_dialog,
+        )
 
     # (iii)
 
@@ -275,8 +289,8 @@ class Story:
         before = self.wire.status()
         seeds = [next(self._next_train[CORRECTED]) for _ in range(self.config.harmful)]
 
-        def work(seed: int) -> EpisodeRecord:
-            return self._attempt(CORRECTED, seed, operator=ScriptedOperator(inverted=True, seed=seed), outcome=False)
+        def work(seed: int) -> list[EpisodeRecord]:
+            return [self._attempt(CORRECTED, seed, operator=ScriptedOperator(inverted=True, seed=seed), outcome=False)]
 
         records = self._collected("harm", "inverted corrections", self.pool.map(work, seeds), len(seeds))
         judged = self._settle(self.config.judge_s, until=lambda: self._new_verdicts(known, before.updates_refused))

@@ -18,14 +18,14 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gradatim.config import LearnerConfig
-from gradatim.errors import AdapterError, LearnerError
+from gradatim.errors import AdapterError, GradatimError, LearnerError
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
@@ -34,6 +34,7 @@ from gradatim.nn.lora import (
     TMP_PREFIX,
     Lora,
     LoraWeights,
+    blend,
     digest,
     fresh_weights,
     read_adapter,
@@ -99,7 +100,7 @@ class LoraLearner:
     def update(
         self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
     ) -> tuple[Update, Adapter | None]:
-        """Train a child of ``parent``. Refused where no example is usable or a number is not finite.
+        """Train a child of ``parent``. Refused where no example is usable, a number is not finite or torch gives up.
 
         LearnerError (AdapterError) where the parent's files are damaged or of another base, or the disk refuses.
         """
@@ -115,8 +116,10 @@ class LoraLearner:
                 raise _RefusedError(f"no usable example: {reasons}")
             weights, state, extra = self._train(run, parent, step)
             adapter = self._save(weights, state, parent, step, update_id)
-        except _RefusedError as e:
-            refused = str(e)
+        except GradatimError:
+            raise  # of the parent or the disk: the same examples are worth another try
+        except (_RefusedError, RuntimeError) as e:  # torch's own too, or a batch that breaks it is tried for ever
+            refused = str(e) if isinstance(e, _RefusedError) else f"training broke: {type(e).__name__}: {e}"
             log.warning("update %s of %s refused: %s", step, parent.id, refused)
         update = Update(
             id=update_id,
@@ -132,6 +135,29 @@ class LoraLearner:
             duration_s=time.monotonic() - started_s,
         )
         return update, adapter
+
+    def shrink(self, update: Update, adapter: Adapter, parent: Adapter, step: int) -> tuple[Update, Adapter]:
+        """Half of what the update changed: the step is too long more often than its direction is wrong.
+
+        LearnerError (AdapterError) as ``update``.
+        """
+        started_s = time.monotonic()
+        update_id = f"update-{uuid.uuid4().hex}"
+        folder = self._data_dir / adapter.path
+        weights = blend(self._start(parent)[0], read_adapter(folder, adapter.sha256), 0.5)
+        made = self._save(weights, read_state(folder), parent, step, update_id)
+        changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
+        changed["delta_norm"] = relative_norm(self._base.model, weights)
+        kept = {name: value for name, value in update.metrics.items() if not name.endswith("_after")}
+        record = replace(
+            update,
+            id=update_id,
+            created_at=time.time(),
+            adapter_id=made.id,
+            metrics=kept | changed,
+            duration_s=time.monotonic() - started_s,
+        )
+        return record, made
 
     # ------------------------------------------------------------------------------------- what goes in
 

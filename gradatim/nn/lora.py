@@ -347,6 +347,15 @@ class Lora:
         return add_branch
 
 
+def blend(start: LoraWeights, end: LoraWeights, share: float) -> LoraWeights:
+    """That share of the way from one adapter to another, factor by factor. Both have the same modules and rank."""
+    modules = {
+        path: (torch.lerp(a, end.modules[path][0], share), torch.lerp(b, end.modules[path][1], share))
+        for path, (a, b) in start.modules.items()
+    }
+    return LoraWeights(start.rank, start.scaling, modules)
+
+
 def relative_norm(model: Any, weights: LoraWeights) -> float:
     """The largest ``||s B A|| / ||W||`` (Frobenius) of any adapted layer, without building ``B A`` (out, in):
     ``||B A||^2 = tr((B^T B)(A A^T))``, both (r, r)."""

@@ -56,8 +56,11 @@ class StaticGate:
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
         if bad:
             return f"not finite: {', '.join(sorted(bad))}"
-        if metrics.get("delta_norm", 0.0) > self._config.max_delta_norm:
-            return f"its weights moved by {metrics['delta_norm']:.2f} of the base's norm"
+        moved = metrics.get("delta_norm")
+        if moved is None:
+            return "its update does not say how far the weights moved (delta_norm)"
+        if moved > self._config.max_delta_norm:
+            return f"its weights moved by {moved:.2f} of the base's norm"
         try:
             self._scorer.score(candidate, [])
         except AdapterError as e:
@@ -107,13 +110,18 @@ def chance(score: CaseScore, tokens: int) -> float:
     return math.exp(min(0.0, score.logprob * tokens))
 
 
-def harm(pairs: Pairs, config: GateConfig) -> str:
-    """Why the candidate is worse than the reference on these cases, or nothing."""
-    if pairs.net > max(1.0, config.margin * pairs.n):
-        return f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
+def harm(pairs: Pairs, config: GateConfig) -> tuple[Decision, str]:
+    """Whether the candidate is worse than the reference on these cases, and why. Small harm may be repaired."""
+    allowed = max(1.0, config.margin * pairs.n)
+    failed = Decision.REPAIR if pairs.net <= config.repair * allowed else Decision.FAIL
+    if pairs.net > allowed:
+        return failed, f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
     if pairs.lost > pairs.won and pairs.p_value < config.alpha:
-        return f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
-    return ""
+        return failed, f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
+    return Decision.PASS, ""
+
+
+_GRAVITY = (Decision.PASS, Decision.REPAIR, Decision.FAIL)
 
 
 class ReplayGate:
@@ -132,6 +140,7 @@ class ReplayGate:
         cases = self.cases(exclude=self._trained_by(candidate))
         evidence: dict[str, float] = {"cases": len(cases)}
         reasons = []
+        decision = Decision.PASS
         if cases:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
             for reference in {live.id, anchor.id}:
@@ -143,13 +152,15 @@ class ReplayGate:
                         [scores[reference][i] for i in rows],
                     )
                     evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
-                    if problem := harm(pairs, self._config):
+                    found, problem = harm(pairs, self._config)
+                    decision = max(decision, found, key=_GRAVITY.index)
+                    if problem:
                         reasons.append(f"{skill} against {label}: {problem}")
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
             gate=self.name,
-            decision=Decision.FAIL if reasons else Decision.PASS,
+            decision=decision,
             against=(live.id, anchor.id),
             evidence=evidence,
             reason="; ".join(reasons) or self._passed(cases),

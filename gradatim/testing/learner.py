@@ -112,7 +112,23 @@ def check_a_restart_finds_the_same_adapter(factory: Factory, folder: Path) -> No
     assert again.score(adapter, _examples()[:2]) == scorer.score(adapter, _examples()[:2])
 
 
+def check_half_a_step_is_another_child_of_the_same_parent(factory: Factory, folder: Path) -> None:
+    learner, scorer, base = factory(folder)
+    parent = _made(learner, _examples(), base, 1)
+    update, whole = learner.update(_examples(2), _examples(), parent, 2)
+    assert whole is not None
+    record, half = learner.shrink(update, whole, parent, 3)
+    assert record.applied and record.adapter_id == half.id and half.update_id == record.id != update.id
+    assert half.parent_id == parent.id and half.step == 3 and half.sha256 not in (whole.sha256, parent.sha256)
+    assert record.metrics["scale"] == 0.5 and record.example_ids == update.example_ids
+    before, between, after = (scorer.score(a, _examples(2)[:2]) for a in (parent, half, whole))
+    assert all(b.logprob < m.logprob < a.logprob for b, m, a in zip(before, between, after, strict=True))
+    again, _ = learner.shrink(record, half, parent, 4)
+    assert again.metrics["scale"] == 0.25
+
+
 LEARNER_CHECKS: Sequence[Check] = (
+    check_half_a_step_is_another_child_of_the_same_parent,
     check_an_update_makes_its_answers_likelier,
     check_a_refused_update_leaves_nothing,
     check_equal_input_gives_equal_weights,
