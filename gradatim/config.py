@@ -71,7 +71,7 @@ class LearnerConfig:
     max_wait_s: float = 20.0  # or, once there is something to replay, until the oldest has waited this long
     max_examples: int = 24  # new examples in one update
     max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
-    retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on
+    retain_every: int = 3  # one in this many verified examples is kept for the gate and never trained on
     threads: int = 1
     seed: int = 0
 

@@ -107,7 +107,7 @@ class Loop:
         good one comes and makes a pair of them.
         """
         most = max(self.learning.max_examples - beside, self.learning.min_examples)
-        alone = most // 4
+        alone = most // 8
         newest: dict[str, Example] = {}
         cursor = self.store.cursor(LEARNED)
         for position, example in self._examples_after(cursor):

@@ -362,7 +362,7 @@ def test_bad_answers_alone_do_not_crowd_out_good_ones(store: Store) -> None:
         good_episode(store, f"bad{k}", value=-1.0)
     good_episode(store, "good")
     run(loop)
-    assert [len(ids) for ids, _, _ in learner.calls] == [3]
+    assert [len(ids) for ids, _, _ in learner.calls] == [2]
 
 
 def test_bad_answers_alone_make_no_update_however_long_they_wait(store: Store) -> None:

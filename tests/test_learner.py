@@ -80,9 +80,10 @@ def test_an_answer_to_avoid_loses_little_more_than_the_floor(tmp_path: Path) -> 
 
 
 def test_a_settled_pair_is_only_imitated(tmp_path: Path) -> None:
+    preference = pair(origin="preference")
     teacher = learner(tmp_path, epochs=40, nll=1.0, beta=0.5)
-    _, parent = applied(teacher.update([pair()], [], base_adapter(), 1))
-    update, _ = applied(teacher.update([pair()], [], parent, 2))
+    _, parent = applied(teacher.update([preference], [], base_adapter(), 1))
+    update, _ = applied(teacher.update([preference], [], parent, 2))
     assert update.metrics["settled"] > 0 and "loss_dpo" not in update.metrics
 
 
@@ -220,3 +221,37 @@ def test_every_update_says_how_far_its_weights_moved_for_the_gate_to_judge(tmp_p
     )
     assert update.metrics["delta_norm"] == pytest.approx(slow, rel=1e-4)
     assert slow > 0.0
+
+
+def test_what_the_parent_gives_already_is_rehearsed_and_not_taught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning, "KNOWN", 0.5)  # as far as the tiny model comes
+    subject = learner(tmp_path, epochs=40, lr=2e-2)
+    _, parent = applied(subject.update([imitate(1)], [], base_adapter(), 1))
+    update, _ = applied(subject.update([imitate(1), pair(2)], [], parent, 2))
+    assert update.metrics["known"] == 1.0
+    assert set(update.example_ids) == {imitate(1).id, pair(2).id}
+    refused, nothing = subject.update([imitate(1)], [], parent, 3)
+    assert nothing is None and "gives all of these 1 answers already" in refused.refused_because
+
+
+def told_apart(chosen: tuple[int, ...], rejected: tuple[int, ...], origin: str = "correction") -> slice:
+    fitted = fit(pair(chosen_ids=chosen, rejected_ids=rejected, origin=origin), 64, VOCABULARY)
+    assert isinstance(fitted, Item)
+    return fitted.told_apart
+
+
+def test_a_correction_is_spent_on_the_token_where_the_answer_went_wrong() -> None:
+    assert told_apart((5, 6, 7, 2), (5, 9, 7, 2)) == slice(1, 2)
+    assert told_apart((5, 6, 7, 2), (9, 6, 7, 2), "preference") == slice(None)
+    assert told_apart((5, 6), (5, 6, 7)) == slice(None)  # one begins the other: nothing says where
+
+
+def test_what_is_right_after_a_wrong_decision_is_not_unlearned(tmp_path: Path) -> None:
+    """Chosen "5 6 7", rejected "5 8 9 10": given the wrong 8, the 9 and 10 after it are nobody's fault."""
+    subject = learner(tmp_path)
+    wrong = pair(chosen_ids=(5, 6, 7), rejected_ids=(5, 8, 9, 10))
+    _, after = applied(subject.update([wrong], [], base_adapter(), 1))
+    _, other = applied(subject.update([replace(wrong, rejected_ids=(5, 8, 11, 12))], [], base_adapter(), 2))
+    assert after.sha256 == other.sha256

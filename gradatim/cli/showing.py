@@ -24,6 +24,7 @@ _SETTINGS = """\
 dtype = "bfloat16"  # half the time of float32 on a CPU that has it; exactness is benchmarks/bench_exact.py's business
 threads = 2  # the pages wait while the learner works, so both cores may serve
 [learner]
+threads = 2  # and learn, while no page is asked for
 seed = {seed}
 """
 _SEEDS_APART = 100_000  # so that two runs draw no page in common

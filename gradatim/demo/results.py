@@ -29,7 +29,7 @@ class StoryConfig:
     corrected: int
     """Episodes per round in which the operator corrects."""
     outcomes: int
-    """Episodes per round of click-button, and as many of enter-text, whose only signal is their outcome."""
+    """Pages per round of enter-text, and three times as many of click-button: their outcome is the only signal."""
     harmful: int
     """Episodes with inverted corrections."""
     retrieval: int
@@ -74,8 +74,8 @@ class StoryConfig:
             name="full",
             held_out=64,
             curve=8,
-            rounds=5,
-            redesign_rounds=5,
+            rounds=6,
+            redesign_rounds=6,
             corrected=4,
             outcomes=4,
             harmful=12,

@@ -37,7 +37,8 @@ from gradatim.demo.wire import AdapterInfo, Wire
 
 CORRECTED = "login-user"
 REDESIGNED = "login-user-popup"
-BY_OUTCOME = ("click-button", "enter-text")
+BOLDER = 0.3  # more temperature at each further attempt
+BY_OUTCOME = {"click-button": 3, "enter-text": 1}  # pages per round, in units of ``StoryConfig.outcomes``
 TRANSFER = "enter-password"
 ON_THEIR_WAY = {"candidate", "shadow", "canary"}
 
@@ -115,7 +116,7 @@ class Story:
         train = {
             CORRECTED: config.rounds * corrected + config.harmful,
             REDESIGNED: config.redesign_rounds * corrected,
-            **dict.fromkeys(BY_OUTCOME, (config.rounds + config.redesign_rounds) * config.outcomes),
+            **{task: n * (config.rounds + config.redesign_rounds) * config.outcomes for task, n in BY_OUTCOME.items()},
         }
         for task in TASKS:
             with self.pool.env(task) as env:
@@ -155,7 +156,7 @@ class Story:
 
     def _round(self, phase: str, corrected: str, what: str) -> None:
         jobs = [(corrected, True)] * self.config.corrected
-        jobs += [(task, False) for task in BY_OUTCOME] * self.config.outcomes
+        jobs += [(task, False) for task, n in BY_OUTCOME.items() for _ in range(n * self.config.outcomes)]
         random.Random(f"{phase} {what}").shuffle(jobs)
         drawn = [(task, next(self._next_train[task]), has_operator) for task, has_operator in jobs]
 
@@ -168,9 +169,10 @@ class Story:
         self._retrieval.learn(self._collected(phase, what, self.pool.map(work, drawn), len(drawn)))
 
     def _attempts(self, task: str, seed: int) -> Iterator[EpisodeRecord]:
-        """An agent that failed tries the same page again: what failed and what worked then have one state."""
-        for _ in range(self.config.attempts):
-            record = self._attempt(task, seed)
+        """An agent that failed tries the same page again, a little bolder each time: what failed and what worked then
+        have one state."""
+        for attempt in range(self.config.attempts):
+            record = self._attempt(task, seed, temperature=self.config.temperature + BOLDER * attempt)
             yield record
             if record.success is not False:
                 return
@@ -188,6 +190,7 @@ class Story:
         *,
         operator: Operator | None = None,
         outcome: bool = True,
+        temperature: float | None = None,
     ) -> EpisodeRecord:
         """One episode of the stream: routed like any user's, sampled, with feedback."""
         with self.pool.env(task) as env:
@@ -196,7 +199,7 @@ class Story:
                 env,
                 seed,
                 model=self.results.model,
-                temperature=self.config.temperature,
+                temperature=self.config.temperature if temperature is None else temperature,
                 session_id=self._session(),
                 feedback=self.wire,
                 operator=operator,

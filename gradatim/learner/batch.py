@@ -26,6 +26,20 @@ class Item:
     replayed: bool = False
 
     @property
+    def told_apart(self) -> slice:
+        """The tokens of a pair on which its preference is spent.
+
+        A correction, and two answers of which one failed, say where the bad one went wrong: at the first token that
+        differs. What came after was often right, given that token ("type 1 Anna" instead of "type 2 Anna"), and would
+        be unlearned with it. A preference between two texts is one of the whole.
+        """
+        if self.chosen is None or self.rejected is None or self.example.origin == "preference":
+            return slice(None)
+        both = zip(self.chosen.completion_ids, self.rejected.completion_ids, strict=False)
+        fork = next((k for k, (good, bad) in enumerate(both) if good != bad), None)
+        return slice(None) if fork is None else slice(fork, fork + 1)
+
+    @property
     def answers(self) -> list[Answer]:
         return [a for a in (self.chosen, self.rejected) if a is not None]
 

@@ -1,6 +1,6 @@
 """One update: parent adapter + examples -> a new adapter, or the reason why not.
 
-    pair     DPO against the parent + NLL guard on the chosen answer
+    pair     DPO against the parent, on the tokens that tell the two answers apart + NLL guard on the chosen one
     imitate  NLL of the chosen answer
     avoid    APO-zero on the bad answer, bounded
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import shutil
 import time
 import uuid
@@ -49,6 +50,7 @@ log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
 AVOID_FLOOR_NATS = 4.0  # a bad answer is pushed down by no more than this in one update
+KNOWN = 0.9  # an answer to imitate that the parent gives with this chance is rehearsed, not taught
 SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
 BACKTRACKS = 3  # so many steps taken back end an update
 PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
@@ -66,6 +68,7 @@ class _Run:
     new: list[Item]
     replay: list[Item]
     dropped: list[str]
+    known: list[Item] = field(default_factory=list)  # new ones that the parent gives already
     reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
     used: set[str] = field(default_factory=set)
     sums: dict[str, float] = field(default_factory=dict)  # of loss parts
@@ -196,11 +199,11 @@ class LoraLearner:
 
     def _train(self, run: _Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
         weights, state = self._start(parent)
-        batches = list(steps(run.new, run.replay, self._config, seed=self._config.seed + 7919 * step))
         with self._trainable.training(weights) as lora:
             optimizer = _optimizer(lora, state, self._config.lr)
             started_s = time.monotonic()
-            self._refer(run, batches[1:], but=batches[0])
+            batches = self._batches(run, seed=self._config.seed + 7919 * step)
+            self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._walk(run, lora, optimizer, batches, warm_up=not state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
@@ -208,6 +211,19 @@ class LoraLearner:
                 raise _RefusedError("the weights are not finite")
             size = {"delta_norm": relative_norm(self._base.model, made)}
             return made, _state(optimizer, lora), self._probe(run) | size
+
+    def _batches(self, run: _Run, seed: int) -> list[list[Item]]:
+        """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
+        gradients into steps as long as any other: it joins the rehearsal."""
+        self._refer(run, run.new)
+        run.known = [i for i in run.new if i.rejected is None and i.chosen is not None and _chance(run, i) >= KNOWN]
+        known = {i.example.id for i in run.known}
+        taught = [i for i in run.new if i.example.id not in known]
+        if not taught:
+            raise _RefusedError(f"nothing to learn: the live adapter gives all of these {len(known)} answers already")
+        rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
+        random.Random(seed).shuffle(rehearsed)
+        return list(steps(taught, rehearsed, self._config, seed))
 
     def _walk(
         self,
@@ -249,13 +265,11 @@ class LoraLearner:
         ]
         return float(torch.cat(drift).mean()) if drift else 0.0
 
-    def _refer(self, run: _Run, batches: Sequence[Sequence[Item]], but: Sequence[Item]) -> None:
+    def _refer(self, run: _Run, items: Sequence[Item], but: Sequence[Item] = ()) -> None:
         """The parent's log-probabilities, once, of all that is compared with it. The first batch needs no pass of
         its own: when it is trained on, the weights still are the parent's."""
-        later = {i.example.id: i for batch in batches for i in batch}
-        for item in but:
-            later.pop(item.example.id, None)
-        items = [i for i in later.values() if i.replayed or i.rejected is not None]
+        skipped = run.reference.keys() | {i.example.id for i in but}
+        items = list({i.example.id: i for i in items if i.example.id not in skipped}.values())
         scored = self._trainable.score([a for i in items for a in i.answers])
         for item in items:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
@@ -297,18 +311,19 @@ class LoraLearner:
             run.add("loss_imitate", nll)
             return nll
         run.add("loss_nll", nll)
-        before = [r.sum() for r in reference]
+        told_apart = item.told_apart
+        now, before = ([x[told_apart].sum() for x in pair] for pair in ([s.logprobs for s in mine], reference))
         if before[0] - before[1] > SETTLED_NATS:
             run.add("settled", torch.ones(()))
             return self._config.nll * nll
-        dpo = losses.dpo(mine[0].total, mine[1].total, before[0], before[1], beta)
+        dpo = losses.dpo(now[0], now[1], before[0], before[1], beta)
         run.add("loss_dpo", dpo)
         return dpo + self._config.nll * nll
 
     def _probe(self, run: _Run) -> dict[str, float]:
         """Some new examples, before and after: did it learn them?"""
-        seen = [i for i in run.new if i.example.id in run.reference]
-        items = seen[:: -(-len(seen) // PROBE_EXAMPLES) or 1]
+        taught = [i for i in run.new if i not in run.known]
+        items = taught[:: -(-len(taught) // PROBE_EXAMPLES) or 1]
         scored = self._trainable.score([a for i in items for a in i.answers])
         after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
         return _summary(items, run.reference, "before") | _summary(items, after, "after")
@@ -386,6 +401,11 @@ def _summary(items: Sequence[Item], logprobs: Mapping[str, Sequence[Tensor]], wh
     return {f"{name}_{when}": sum(values) / len(values) for name, values in named.items() if values}
 
 
+def _chance(run: _Run, item: Item) -> float:
+    """Of the parent giving exactly the item's first answer at temperature 1."""
+    return math.exp(float(run.reference[item.example.id][0].sum()))
+
+
 def _metrics(run: _Run) -> dict[str, float]:
     kinds = Counter(i.example.kind for i in run.new)
     out: dict[str, float] = {name: run.sums[name] / run.counts[name] for name in run.sums if name != "settled"}
@@ -394,6 +414,7 @@ def _metrics(run: _Run) -> dict[str, float]:
         "pairs": kinds["pair"],
         "imitated": kinds["imitate"],
         "avoided": kinds["avoid"],
+        "known": len(run.known),
         "dropped": len(run.dropped),
         "truncated": sum(i.truncated for i in (*run.new, *run.replay)),
         "steps": run.steps,

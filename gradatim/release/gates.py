@@ -68,6 +68,7 @@ class StaticGate:
         return ""
 
 
+ENOUGH = 12  # cases of a skill; with fewer retained ones, answers that were trained on fill up
 DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
 
 
@@ -172,17 +173,19 @@ class ReplayGate:
         return f"no skill worse than live or anchor on {len(cases)} known good answers"
 
     def cases(self, exclude: frozenset[str] = frozenset()) -> Sequence[Example]:
-        """Verified good answers: retained ones first, newest first, an equal share for each skill.
+        """Verified good answers, newest first, an equal share for each skill: retained ones, filled up to ``ENOUGH``
+        with ones that were trained on. The live adapter knows those by heart, so that any change looks like a loss.
 
         ``exclude`` are the examples of the very update under test: it must not be its own witness.
         """
         self._refresh()
         skills: dict[str, list[Example]] = defaultdict(list)
+        share = max(1, self._config.max_cases // max(1, len({e.skill for e in self._cases.values()})))
         for example in sorted(self._cases.values(), key=lambda e: (not e.retained, -e.position, e.id)):
-            if example.id not in exclude:
+            most = share if example.retained else min(share, ENOUGH)
+            if example.id not in exclude and len(skills[example.skill]) < most:
                 skills[example.skill].append(example)
-        share = self._config.max_cases // max(1, len(skills))
-        return [e for _, found in sorted(skills.items()) for e in found[: max(1, share)]]
+        return [e for _, found in sorted(skills.items()) for e in found]
 
     def _refresh(self) -> None:
         while page := self._store.read(Example, after=self._seen):
