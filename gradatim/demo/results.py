@@ -29,12 +29,14 @@ class StoryConfig:
     corrected: int
     """Episodes per round in which the operator corrects."""
     outcomes: int
-    """Pages per round of enter-text, and three times as many of click-button: their outcome is the only signal."""
+    """Pages per round of enter-text, and twice as many of click-button: their outcome is the only signal."""
     harmful: int
     """Episodes with inverted corrections."""
     retrieval: int
     """Held-out prompts per task on which the retrieval agent is tested."""
-    concurrency: int = 8
+    curve_every: int = 1
+    """Rounds between two points of the curve; the last round always has one."""
+    concurrency: int = 12
     """Episodes at once, so that the server has requests to batch."""
     temperature: float = 0.7
     """Of the stream; held-out tests are greedy."""
@@ -79,7 +81,8 @@ class StoryConfig:
             corrected=4,
             outcomes=4,
             harmful=12,
-            retrieval=24,
+            retrieval=16,
+            curve_every=2,
             random_episodes=100,
         )
 

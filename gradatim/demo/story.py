@@ -38,7 +38,7 @@ from gradatim.demo.wire import AdapterInfo, Wire
 CORRECTED = "login-user"
 REDESIGNED = "login-user-popup"
 BOLDER = 0.3  # more temperature at each further attempt
-BY_OUTCOME = {"click-button": 3, "enter-text": 1}  # pages per round, in units of ``StoryConfig.outcomes``
+BY_OUTCOME = {"click-button": 2, "enter-text": 1}  # pages per round, in units of ``StoryConfig.outcomes``
 TRANSFER = "enter-password"
 ON_THEIR_WAY = {"candidate", "shadow", "canary"}
 
@@ -150,8 +150,9 @@ class Story:
             self._round(phase, corrected, f"round {number} of {rounds}")
             self._settle(self.config.settle_s)
             live = self._live()
-            for task in watched:
-                self._evaluate(phase, "live", task, live, self.config.curve)
+            if number == rounds or number % self.config.curve_every == 0:
+                for task in watched:
+                    self._evaluate(phase, "live", task, live, self.config.curve)
             self._report_round(phase, number, live)
 
     def _round(self, phase: str, corrected: str, what: str) -> None:

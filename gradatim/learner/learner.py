@@ -27,6 +27,7 @@ from torch import Tensor
 
 from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, GradatimError, LearnerError
+from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
@@ -54,7 +55,6 @@ KNOWN = 0.9  # an answer to imitate that the parent gives with this chance is re
 SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
 BACKTRACKS = 3  # so many steps taken back end an update
 PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
-ADAM_BETAS = (0.9, 0.95)  # of a stream: with 0.999 a new kind of batch, after ones that were learned, steps 30 lr far
 
 
 class _RefusedError(Exception):
@@ -200,7 +200,7 @@ class LoraLearner:
     def _train(self, run: _Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
         weights, state = self._start(parent)
         with self._trainable.training(weights) as lora:
-            optimizer = _optimizer(lora, state, self._config.lr)
+            optimizer = _optimizer(lora, state)
             started_s = time.monotonic()
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
@@ -210,7 +210,7 @@ class LoraLearner:
             if made is None or not lora.flat.isfinite().all():
                 raise _RefusedError("the weights are not finite")
             size = {"delta_norm": relative_norm(self._base.model, made)}
-            return made, _state(optimizer, lora), self._probe(run) | size
+            return made, optimizer.state(), self._probe(run) | size
 
     def _batches(self, run: _Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
@@ -229,7 +229,7 @@ class LoraLearner:
         self,
         run: _Run,
         lora: Lora,
-        optimizer: torch.optim.AdamW,
+        optimizer: FlatAdam,
         batches: Sequence[Sequence[Item]],
         *,
         warm_up: bool,
@@ -353,34 +353,20 @@ class LoraLearner:
 # -------------------------------------------------------------------------------------------- optimiser
 
 
-def _optimizer(lora: Lora, state: Mapping[str, Tensor], lr: float) -> torch.optim.AdamW:
-    """AdamW without weight decay, going on from the parent's state where there is one that fits."""
-    optimizer = torch.optim.AdamW([lora.flat], lr=lr, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
-    if state:
-        try:
-            moments = {k: state[k].to(lora.flat).reshape_as(lora.flat) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[lora.flat] = {"step": state["step"].to(lora.flat.device, torch.float32), **moments}
-        except (KeyError, RuntimeError) as e:
-            log.error("the optimiser starts afresh: its saved state does not fit: %s", e)
-    return optimizer
+def _optimizer(lora: Lora, state: Mapping[str, Tensor]) -> FlatAdam:
+    """Going on from the parent's state where there is one that fits."""
+    try:
+        return FlatAdam(lora.flat, state)
+    except (KeyError, RuntimeError) as e:
+        log.error("the optimiser starts afresh: its saved state does not fit: %s", e)
+        return FlatAdam(lora.flat, {})
 
 
-def _state(optimizer: torch.optim.AdamW, lora: Lora) -> dict[str, Tensor]:
-    """The optimiser's state to save; its moments in bf16, as their third digit does not matter."""
-    state = optimizer.state.get(lora.flat)
-    if not state:
-        return {}
-    moments = {k: state[k].to("cpu", torch.bfloat16) for k in ("exp_avg", "exp_avg_sq")}
-    return {"step": state["step"].cpu(), **moments}
-
-
-def _descend(run: _Run, lora: Lora, optimizer: torch.optim.AdamW, lr: float) -> None:
+def _descend(run: _Run, lora: Lora, optimizer: FlatAdam, lr: float) -> None:
     norm = float(torch.nn.utils.clip_grad_norm_([lora.flat], CLIP_NORM))
     if not math.isfinite(norm):
         raise _RefusedError("the gradient is not finite")
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    optimizer.step(lr)
     run.grad_norms.append(norm)
     run.steps += 1
 
