@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -23,14 +24,25 @@ import harness
 from scipy import stats
 
 Run = Mapping[str, Any]
+SESSION = "session.txt"  # what the demo said on the terminal
+WIDE = os.environ | {"COLUMNS": "100", "TERM": "dumb"}
 
 
 def tell(seed: int, out: Path, quick: bool) -> Run:
     """One whole story, as a user would have it told."""
     shutil.rmtree(out, ignore_errors=True)  # of a run that did not come to its end
     command = [sys.executable, "-m", "gradatim", "demo", "--seed", str(seed), "--out", str(out)]
-    subprocess.run([*command, "--quick"] if quick else command, check=True)
+    told = subprocess.run(
+        [*command, "--quick"] if quick else command, check=True, stdout=subprocess.PIPE, text=True, env=WIDE
+    )
+    (out / SESSION).write_text(told.stdout)
     return read(out)
+
+
+def keep(run: Path) -> None:
+    """What the README shows of a run: its session and its curve."""
+    shutil.copyfile(run / SESSION, harness.RESULTS / "demo_session.txt")
+    shutil.copyfile(run / "curve.png", harness.RESULTS.parent.parent / "docs" / "curve.png")
 
 
 def read(out: Path) -> Run:
@@ -146,6 +158,8 @@ def main() -> None:
         details[name] = {"seeds": values, "interval_95": [low, high]}
         goals.append(harness.Goal(name, sum(values) / len(values), target))
     harness.report("bench_demo", goals, details, args)
+    if args.results and not args.quick:
+        keep(folder / "seed-0")
     if not args.json:
         for name, detail in details.items():
             print(name, [round(v, 3) for v in detail["seeds"]], [round(v, 3) for v in detail["interval_95"]])

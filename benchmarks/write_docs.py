@@ -1,4 +1,5 @@
-"""Write docs/benchmarks.md from what the last full run of each benchmark left in benchmarks/results/."""
+"""Write docs/benchmarks.md, and the README's session, from what the last full run of each benchmark left in
+benchmarks/results/."""
 
 from __future__ import annotations
 
@@ -52,11 +53,31 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def session(text: str) -> str:
+    """A run's own words, up to the end of its table; without where the files went."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    end = next((n for n, line in enumerate(lines) if line.startswith("└")), len(lines) - 1)
+    return "\n".join(line for line in lines[: end + 1] if not line.strip().startswith("report:"))
+
+
+def between(page: str, name: str, content: str) -> str:
+    """The page with that content between its two markers."""
+    before, _, rest = page.partition(f"<!-- {name} -->\n")
+    _, end, after = rest.partition(f"<!-- /{name} -->")
+    if not end:
+        raise SystemExit(f"README.md has no <!-- {name} --> ... <!-- /{name} -->")
+    return f"{before}<!-- {name} -->\n{content}\n{end}{after}"
+
+
 def main() -> None:
     sections = [header()]
     for path in sorted(harness.RESULTS.glob("bench_*.json")):
         sections.append(table(json.loads(path.read_text())))
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(sections))
+    told = harness.RESULTS / "demo_session.txt"
+    if told.exists():
+        readme = ROOT / "README.md"
+        readme.write_text(between(readme.read_text(), "session", f"```text\n{session(told.read_text())}\n```"))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class LearnerConfig:
     __pydantic_config__ = _STRICT
     rank: int = 16
     alpha: int = 32
-    lr: float = 4e-4
+    lr: float = 2.5e-4
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
@@ -67,11 +67,11 @@ class LearnerConfig:
     epochs: int = 2  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5
-    min_examples: int = 8  # an update waits for this many new examples with a good answer,
+    min_examples: int = 12  # an update waits for this many new examples with a good answer,
     max_wait_s: float = 20.0  # or, once there is something to replay, until the oldest has waited this long
     max_examples: int = 24  # new examples in one update
     max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
-    retain_every: int = 3  # one in this many verified examples is kept for the gate and never trained on
+    retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on
     threads: int = 1
     seed: int = 0
 
@@ -121,11 +121,11 @@ class Config:
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
-    "low": {"gate": {"margin": 0.10, "alpha": 0.02}, "learner": {"lr": 6e-4, "kl_limit": 1.0}},
+    "low": {"gate": {"margin": 0.10, "alpha": 0.02}, "learner": {"lr": 4e-4, "kl_limit": 1.0}},
     "normal": {},
     "high": {
         "gate": {"margin": 0.02, "alpha": 0.10},
-        "learner": {"lr": 1.5e-4, "kl_limit": 0.2},
+        "learner": {"lr": 1e-4, "kl_limit": 0.2},
         "reward": {"abstain_band": 0.4},
     },
 }

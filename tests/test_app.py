@@ -299,7 +299,7 @@ def _facts(config: Config, **changes: Any) -> diagnosis.Facts:
         (
             {"learning": {"live": "agent@0", "waiting_examples": 2, "last_update": None}},
             "wait",
-            "2 examples wait for an update, which wants 8",
+            "2 examples wait for an update, which wants 12",
         ),
         ({"loop": {"state": "waiting", "last_exit": -9, "restarts": 4}}, "bad", "died with -9"),
         ({"loop": {"state": "running", "does": "failing", "error": "boom", "restarts": 0}}, "bad", "boom"),

@@ -12,7 +12,7 @@ import pytest
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError
 from gradatim.protocols import Store
-from gradatim.release.gates import Pairs, ReplayGate, StaticGate, harm
+from gradatim.release.gates import Pairs, ReplayGate, StaticGate, common_harm, harm
 from gradatim.store import open_store
 from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update
 
@@ -112,12 +112,12 @@ def test_losing_known_good_answers_of_one_skill_is_not_paid_for_by_another(tmp_p
 
 
 def test_a_little_harm_is_repaired_and_more_is_refused(tmp_path: Path) -> None:
-    """A margin of 1 of 20 answers, and 3 of 20 as the most that a smaller step may mend."""
-    cases = verified("a", 20, "s")
+    """A margin of 1 of 20 answers, and 3 of 20 as the most that a smaller step may mend, beside gains elsewhere."""
+    cases, new = verified("a", 20, "old"), verified("b", 20, "new")
     with open_store(tmp_path / "s.db") as store:
-        store.append(*cases)
+        store.append(*cases, *new)
         for lost, expected in ((1, Decision.PASS), (3, Decision.REPAIR), (5, Decision.FAIL)):
-            right = {"agent@0": {e.id for e in cases}, "agent@1": {e.id for e in cases[lost:]}}
+            right = {"agent@0": {e.id for e in cases}, "agent@1": {e.id for e in [*cases[lost:], *new]}}
             assert replay(store, right)[0] is expected
 
 
@@ -169,6 +169,16 @@ def simulated(loss: float, runs: int = 400, n: int = 24, noise: float = 0.7) -> 
         pairs = Pairs.of(cases, _scores(cases, after), _scores(cases, before))
         verdicts[harm(pairs, config)[0]] += 1
     return {decision: verdicts[decision] / runs for decision in Decision}
+
+
+def test_a_little_harm_everywhere_is_refused_and_no_smaller_step_tried() -> None:
+    """Sixty answers, each a little less likely; and sixty that only moved at random."""
+    rng, config = random.Random(0), GateConfig()
+    harmful = [rng.gauss(-0.06, 0.1) for _ in range(60)]
+    assert common_harm(harmful, config)[0] is Decision.FAIL
+    refused = sum(bool(common_harm([rng.gauss(0.0, 0.15) for _ in range(60)], config)[1]) for _ in range(1000))
+    assert refused / 1000 <= config.alpha
+    assert common_harm([-0.9], config)[0] is Decision.PASS
 
 
 def _moved(chance: float, log_odds: float) -> float:

@@ -88,15 +88,13 @@ class Pairs:
 
     @staticmethod
     def of(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
-        both = list(zip(candidate, reference, strict=True))
-        tokens = [len(case.chosen_ids) for case in cases]
-        gains = [chance(c, t) - chance(r, t) for (c, r), t in zip(both, tokens, strict=True)]
+        gains = gained(cases, candidate, reference)
         return Pairs(
-            n=len(both),
+            n=len(gains),
             net=-sum(gains),
             lost=sum(gain < -DECISIVE for gain in gains),
             won=sum(gain > DECISIVE for gain in gains),
-            logprob=sum(c.logprob - r.logprob for c, r in both) / max(1, len(both)),
+            logprob=sum(c.logprob - r.logprob for c, r in zip(candidate, reference, strict=True)) / max(1, len(gains)),
         )
 
     @property
@@ -104,6 +102,12 @@ class Pairs:
         """Exact sign test: the chance of as many losses among the changed cases if losing and winning were alike."""
         changed = self.lost + self.won
         return float(stats.binomtest(self.lost, changed, 0.5, alternative="greater").pvalue) if changed else 1.0
+
+
+def gained(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Sequence[float]:
+    """How much likelier the candidate gives each good answer than the reference."""
+    both = zip(cases, candidate, reference, strict=True)
+    return [chance(c, len(case.chosen_ids)) - chance(r, len(case.chosen_ids)) for case, c, r in both]
 
 
 def chance(score: CaseScore, tokens: int) -> float:
@@ -120,6 +124,18 @@ def harm(pairs: Pairs, config: GateConfig) -> tuple[Decision, str]:
     if pairs.lost > pairs.won and pairs.p_value < config.alpha:
         return failed, f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
     return Decision.PASS, ""
+
+
+def common_harm(gains: Sequence[float], config: GateConfig) -> tuple[Decision, str]:
+    """Whether all skills together lost: small harm everywhere, which no skill shows alone, is the mark of a bad batch,
+    and a smaller step of it would only be the same more slowly. By the mean and a one-sided t test."""
+    net = -sum(gains)
+    if len(gains) < 2 or net <= max(1.0, 0.5 * config.margin * len(gains)):
+        return Decision.PASS, ""
+    p_value = float(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
+    if not p_value < config.alpha:
+        return Decision.PASS, ""
+    return Decision.FAIL, f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"
 
 
 _GRAVITY = (Decision.PASS, Decision.REPAIR, Decision.FAIL)
@@ -157,6 +173,10 @@ class ReplayGate:
                     decision = max(decision, found, key=_GRAVITY.index)
                     if problem:
                         reasons.append(f"{skill} against {label}: {problem}")
+            found, problem = common_harm(gained(cases, scores[candidate.id], scores[live.id]), self._config)
+            decision = max(decision, found, key=_GRAVITY.index)
+            if problem:
+                reasons.append(problem)
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
