@@ -29,7 +29,7 @@ class StoryConfig:
     corrected: int
     """Episodes per round in which the operator corrects."""
     outcomes: int
-    """Pages per round of enter-text, and twice as many of click-button: their outcome is the only signal."""
+    """Pages per round of enter-text, and three times as many of click-button: their outcome is the only signal."""
     harmful: int
     """Episodes with inverted corrections."""
     retrieval: int

@@ -38,7 +38,7 @@ from gradatim.demo.wire import AdapterInfo, Wire
 CORRECTED = "login-user"
 REDESIGNED = "login-user-popup"
 BOLDER = 0.3  # more temperature at each further attempt
-BY_OUTCOME = {"click-button": 2, "enter-text": 1}  # pages per round, in units of ``StoryConfig.outcomes``
+BY_OUTCOME = {"click-button": 3, "enter-text": 1}  # pages per round, in units of ``StoryConfig.outcomes``
 TRANSFER = "enter-password"
 ON_THEIR_WAY = {"candidate", "shadow", "canary"}
 
