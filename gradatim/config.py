@@ -7,6 +7,7 @@ still be set by hand. This module knows nothing of what the values do.
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -109,6 +110,9 @@ class Config:
     name: str = "agent"  # the model name clients ask for
     model: str = "smollm2"  # or a path or hub id of any transformers causal LM
     data_dir: Path = Path("gradatim-data")
+    database: str = (
+        ""  # postgresql://..., one server a database; GRADATIM_DATABASE overrides; empty: SQLite in data_dir
+    )
     caution: Caution = "normal"
     learn: bool = True  # false: serve and record only
     server: ServerConfig = field(default_factory=ServerConfig)
@@ -140,7 +144,12 @@ def _merge(low: Mapping[str, Any], high: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _environment(env: Mapping[str, str]) -> dict[str, Any]:
-    return {"server": {"api_key": env["GRADATIM_API_KEY"]}} if env.get("GRADATIM_API_KEY") else {}
+    out: dict[str, Any] = {}
+    if env.get("GRADATIM_API_KEY"):
+        out["server"] = {"api_key": env["GRADATIM_API_KEY"]}
+    if env.get("GRADATIM_DATABASE"):
+        out["database"] = env["GRADATIM_DATABASE"]
+    return out
 
 
 def load(
@@ -172,6 +181,8 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and key != "weights":
             out |= flatten(value, name + ".")
+        elif key == "database":
+            out[name] = re.sub(r"//[^/]*@", "//***@", value)
         else:
             out[name] = "***" if key == "api_key" and value else value
     return out

@@ -239,3 +239,19 @@ def test_every_help_page_shows_an_example(words: tuple[str, ...]) -> None:
     code, text = run(*words, "--help")
     assert code == 0
     assert f"Example: gradatim {words[0]}" in text
+
+
+def test_the_records_may_lie_in_another_database(data_dir: Path, tmp_path: Path) -> None:
+    env = {"GRADATIM_DATABASE": f"sqlite:///{data_dir}/gradatim.db"}
+    (tmp_path / "elsewhere").mkdir()
+    code, output = run("adapters", "list", "-d", str(tmp_path / "elsewhere"), "--json", env=env)
+    assert code == 0
+    assert "agent@1" in output
+
+
+def test_a_databases_password_is_not_shown() -> None:
+    _, output = run("config", "--json", env={"GRADATIM_DATABASE": "postgresql://me:very-secret@db.example/agents"})
+    assert json.loads(output)["database"] == {
+        "value": "postgresql://***@db.example/agents",
+        "from": "GRADATIM_DATABASE",
+    }

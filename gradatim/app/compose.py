@@ -37,8 +37,8 @@ def set_threads(threads: int) -> None:
     os.environ.update(thread_environment(threads))
 
 
-def build_store(home: Home) -> SqlStore:
-    return open_store(home.store)
+def build_store(config: Config) -> SqlStore:
+    return open_store(config.database or Home(config.data_dir).store)
 
 
 def build_base(config: Config) -> Base:

@@ -48,7 +48,7 @@ def follow(config: Config) -> None:
     with home.lock("loop", wait_s=10.0):  # of the loop before, should it still be dying
         home.say("loop", {"state": "starting"})
         base = compose.build_base(config)
-        loop = compose.build_loop(config, compose.build_store(home), base)
+        loop = compose.build_loop(config, compose.build_store(config), base)
         turn_for_ever(loop.turn, home, config.loop.poll_s)
 
 
@@ -81,7 +81,7 @@ def once(config: Config) -> dict[str, Any]:
     home.prepare()
     with home.lock("loop"):
         base = compose.build_base(config)
-        with compose.build_store(home) as store:
+        with compose.build_store(config) as store:
             compose.register_base(store, config, base.sha256)
             before = store.end()
             loop = compose.build_loop(config, store, base)

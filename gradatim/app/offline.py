@@ -65,9 +65,8 @@ def newest_feedback(config: Config, limit: int) -> list[dict[str, Any]]:
 
 
 def _existing(config: Config) -> SqlStore:
-    home = Home(config.data_dir)
-    if not home.exists():
+    if not config.database and not Home(config.data_dir).exists():
         raise ConfigError(
             f"{config.data_dir} holds no records yet: start `gradatim serve` on it, or name another with --data-dir"
         )
-    return compose.build_store(home)
+    return compose.build_store(config)

@@ -98,7 +98,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     with home.lock("server"), contextlib.closing(take_port(config.server.host, config.server.port)) as sock:
         compose.set_threads(compose.serving_threads(config))
         base = compose.build_base(config)
-        with compose.build_store(home) as store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with compose.build_store(config) as store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             compose.register_base(store, config, base.sha256)
             with contextlib.closing(compose.build_engine(config, base)) as engine:
                 runner.run(_answer(config, home, store, engine, sock, announce))

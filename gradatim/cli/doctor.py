@@ -41,12 +41,13 @@ def doctor(file: ConfigFile = None, data_dir: DataDir = None, name: Name = None,
 def look(config: Config) -> Facts:
     """Everything that the diagnosis rests on."""
     home = Home(config.data_dir)
+    has_store = bool(config.database) or home.exists()
     asked = routes(config)
     ready = asked.ready()
-    status = asked.get("/v1/status") if home.exists() and (ready or asked.url is None) else {}
+    status = asked.get("/v1/status") if has_store and (ready or asked.url is None) else {}
     return Facts(
         config=config,
-        has_store=home.exists(),
+        has_store=has_store,
         free_bytes=shutil.disk_usage(config.data_dir).free,
         server_pid=home.holder("server"),
         server_url=asked.url,

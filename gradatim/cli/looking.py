@@ -145,8 +145,8 @@ def _origins(chosen: configuration.Config, file: Path | None, data_dir: Path | N
     """By key: default, the caution dial, the file, the environment, or an option."""
     values, plain = configuration.flatten(chosen), configuration.flatten(configuration.Config())
     out = {k: "default" if values[k] == plain[k] else f"caution = {chosen.caution}" for k in values}
-    if chosen.server.api_key:
-        out["server.api_key"] = "GRADATIM_API_KEY"
+    variables = {"server.api_key": "GRADATIM_API_KEY", "database": "GRADATIM_DATABASE"}
+    out |= {key: variable for key, variable in variables.items() if values[key]}
     if file is not None:
         out |= dict.fromkeys(configuration.flatten(tomllib.loads(file.read_text())), str(file))
     return out | ({"data_dir": "--data-dir"} if data_dir else {})
