@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -42,3 +43,15 @@ def test_its_program_runs_against_a_server(code: str) -> None:
     with served(kit.app()) as url:
         exec(compile(code.replace("http://127.0.0.1:8080", url), "README", "exec"), {})
     assert [f.correction for _, f in kit.store.read(Feedback)] == ["click 3"]
+
+
+def goals(name: str) -> dict[str, float]:
+    result = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return {goal["goal"]: goal["value"] for goal in result["goals"]}
+
+
+def test_its_figures_are_those_of_the_last_full_runs() -> None:
+    ratio = goals("bench_updates")["p99 time per token while learning, ratio to idle"]
+    assert f"p99 time per token {ratio:.1f} times" in README
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"{ratio:.3g}" in page

@@ -149,7 +149,7 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
     unjudged = len(store.cases(after=store.cursor(JUDGED), limit=_MOST_CASES))
     waiting = _waiting(store)
     ripe = live is not None and is_ripe(waiting, live, config.learner, time.time())
-    applied = _applied(store)
+    applied = sum(not a.endswith("@0") for a in stages)  # an update that was applied made one adapter
     return {
         "live": live,
         "learning": bool(unjudged or ripe or any(s in ON_THE_WAY for s in stages.values())),
@@ -175,10 +175,6 @@ def _waiting(store: SqlStore) -> Sequence[Example]:
     fresh = store.read(Example, after=store.cursor(LEARNED), limit=_MOST_CASES)
     by_step = {e.step_id: e for _, e in fresh}
     return [e for e in by_step.values() if not e.retained and (e.chosen_ids or e.rejected_ids)]
-
-
-def _applied(store: SqlStore) -> int:
-    return sum(u.applied for _, u in store.read(Update, limit=_ALL))
 
 
 class Latencies:
