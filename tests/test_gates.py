@@ -171,11 +171,11 @@ def simulated(loss: float, runs: int = 400, n: int = 24, noise: float = 0.7) -> 
     return {decision: verdicts[decision] / runs for decision in Decision}
 
 
-def test_a_little_harm_everywhere_is_refused_and_no_smaller_step_tried() -> None:
-    """Sixty answers, each a little less likely; and sixty that only moved at random."""
+def test_a_little_harm_everywhere_is_seen() -> None:
+    """Sixty answers, each a little less likely, or much; and sixty that only moved at random."""
     rng, config = random.Random(0), GateConfig()
-    harmful = [rng.gauss(-0.06, 0.1) for _ in range(60)]
-    assert common_harm(harmful, config)[0] is Decision.FAIL
+    for mean, decision in ((-0.1, Decision.REPAIR), (-0.3, Decision.FAIL)):
+        assert common_harm([rng.gauss(mean, 0.1) for _ in range(60)], config)[0] is decision
     refused = sum(bool(common_harm([rng.gauss(0.0, 0.15) for _ in range(60)], config)[1]) for _ in range(1000))
     assert refused / 1000 <= config.alpha
     assert common_harm([-0.9], config)[0] is Decision.PASS

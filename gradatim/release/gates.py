@@ -127,15 +127,17 @@ def harm(pairs: Pairs, config: GateConfig) -> tuple[Decision, str]:
 
 
 def common_harm(gains: Sequence[float], config: GateConfig) -> tuple[Decision, str]:
-    """Whether all skills together lost: small harm everywhere, which no skill shows alone, is the mark of a bad batch,
-    and a smaller step of it would only be the same more slowly. By the mean and a one-sided t test."""
+    """Whether all skills together lost: small harm everywhere, which no skill shows alone. By the mean and a one-sided
+    t test."""
     net = -sum(gains)
-    if len(gains) < 2 or net <= max(1.0, 0.5 * config.margin * len(gains)):
+    allowed = max(1.0, config.margin * len(gains))
+    if len(gains) < 2 or net <= allowed:
         return Decision.PASS, ""
     p_value = float(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
     if not p_value < config.alpha:
         return Decision.PASS, ""
-    return Decision.FAIL, f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"
+    failed = Decision.REPAIR if net <= config.repair * allowed else Decision.FAIL
+    return failed, f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"
 
 
 _GRAVITY = (Decision.PASS, Decision.REPAIR, Decision.FAIL)
