@@ -8,7 +8,7 @@ two or three with the prompt. The agent knows nothing of adapters or learning; i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import httpx
@@ -21,6 +21,7 @@ from gradatim.demo.wire import SESSION_HEADER, SIDE, TURN_HEADER, FeedbackSink, 
 
 MAX_TOKENS = 16
 STOP = "\n"
+REASKS = 4  # times it asks for an answer that did not fail on this very page
 
 SYSTEM = "You operate a web page. Answer with one action: click N, or type N TEXT."
 
@@ -99,6 +100,11 @@ class EpisodeRecord:
         return sum(step.corrected for step in self.steps)
 
     @property
+    def last_move(self) -> set[tuple[str, str]]:
+        """What it saw and answered last, if anything."""
+        return {(step.observation, step.answer) for step in self.steps[-1:]}
+
+    @property
     def met_dialog(self) -> bool:
         return any(DIALOG in step.observation for step in self.steps)
 
@@ -152,19 +158,23 @@ def run_episode(
     side: bool = False,
     outcome: bool = True,
     traffic: Traffic | None = None,
+    failed: Set[tuple[str, str]] = frozenset(),
 ) -> EpisodeRecord:
     """Works one page until it is done, sending feedback on the way.
 
     Greedily, an unchanged page would get the same answer until the steps run out, so the attempt ends there as failed.
+    The agent asks again rather than repeat what did not change the page, or what ``failed``: (observation, answer) of
+    earlier attempts that ended there.
     """
     caller = Caller(client, model, temperature, prompt, side, traffic)
     observation = env.reset(seed)
     steps: list[StepRecord] = []
+    tried = set(failed)
     episode_id = ""
     success: bool | None = None
     while success is None:
         try:
-            answer, who, latency_s = caller.ask(observation, session_id=session_id, task=env.task)
+            answer, who, latency_s = _ask_anew(caller, observation, session_id, env.task, tried)
             episode_id = who.episode_id or episode_id
             executed = _reviewed(env, answer, who.response_id, operator, feedback)
         except (openai.APIError, httpx.HTTPError) as error:
@@ -172,6 +182,8 @@ def run_episode(
         result = env.step(executed)
         steps.append(StepRecord(observation, answer, executed, result.valid, who.response_id, who.adapter, latency_s))
         success = _verdict(result, observation, stuck_is_final=temperature == 0 and operator is None)
+        if result.observation == observation:
+            tried.add((observation, answer))
         observation = result.observation
     if feedback and outcome and episode_id:
         try:
@@ -179,6 +191,16 @@ def run_episode(
         except httpx.HTTPError as error:
             return EpisodeRecord(env.task, seed, success, tuple(steps), episode_id, failed_request=str(error))
     return EpisodeRecord(env.task, seed, success, tuple(steps), episode_id)
+
+
+def _ask_anew(
+    caller: Caller, observation: str, session_id: str, task: str, tried: Set[tuple[str, str]]
+) -> tuple[str, Served, float]:
+    for _ in range(REASKS):
+        answer, who, latency_s = caller.ask(observation, session_id=session_id, task=task)
+        if (observation, answer) not in tried:
+            break
+    return answer, who, latency_s
 
 
 def _verdict(result: StepResult, before: str, *, stuck_is_final: bool) -> bool | None:

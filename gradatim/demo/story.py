@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -170,13 +170,16 @@ class Story:
         self._retrieval.learn(self._collected(phase, what, self.pool.map(work, drawn), len(drawn)))
 
     def _attempts(self, task: str, seed: int) -> Iterator[EpisodeRecord]:
-        """An agent that failed tries the same page again, a little bolder each time: what failed and what worked then
-        have one state."""
+        """An agent that failed tries the same page again, a little bolder each time, and does not repeat what failed:
+        what failed and what worked then have one state."""
+        failed: set[tuple[str, str]] = set()
         for attempt in range(self.config.attempts):
-            record = self._attempt(task, seed, temperature=self.config.temperature + BOLDER * attempt)
+            bold = self.config.temperature + BOLDER * attempt
+            record = self._attempt(task, seed, temperature=bold, failed=failed)
             yield record
             if record.success is not False:
                 return
+            failed |= record.last_move
 
     def _report_round(self, phase: str, number: int, live: str) -> None:
         last = [e for e in self.results.episodes if e.phase == phase and e.task.startswith(CORRECTED)]
@@ -192,6 +195,7 @@ class Story:
         operator: Operator | None = None,
         outcome: bool = True,
         temperature: float | None = None,
+        failed: Set[tuple[str, str]] = frozenset(),
     ) -> EpisodeRecord:
         """One episode of the stream: routed like any user's, sampled, with feedback."""
         with self.pool.env(task) as env:
@@ -206,6 +210,7 @@ class Story:
                 operator=operator,
                 outcome=outcome,
                 traffic=self.wire.traffic,
+                failed=failed,
             )
 
     def _collected(
