@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from gradatim.demo.agent import EXAMPLES, EpisodeRecord, StepRecord, messages, run_episode
+from gradatim.demo.agent import EXAMPLES, REASKS, EpisodeRecord, StepRecord, messages, run_episode
 from gradatim.demo.baselines import RetrievalAgent
 from gradatim.demo.browser_free import browser_free_env
 from gradatim.demo.operator import ScriptedOperator
@@ -142,3 +142,12 @@ def test_retrieval_takes_corrections_and_successes_and_shows_the_nearest() -> No
     assert len(agent) == 2
     assert agent.retrieve("alpha three one")[-1] == ("alpha one", "good")
     assert agent.prompt("gamma")[-2] == {"role": "assistant", "content": "fine"}
+
+
+def test_it_asks_again_rather_than_repeat_what_did_not_help(client: openai.OpenAI, server: FakeServer) -> None:
+    record = episode(client)  # it knows nothing but "click 1", which changes nothing
+    assert record.success is False
+    assert len(server.asked) == 1 + REASKS * (len(record.steps) - 1)
+    server.asked.clear()
+    episode(client, failed=record.last_move)
+    assert len(server.asked) == REASKS * len(record.steps)
