@@ -60,6 +60,17 @@ def session(text: str) -> str:
     return "\n".join(line for line in lines[: end + 1] if not line.strip().startswith("report:"))
 
 
+def seeds(result: Mapping[str, Any]) -> str:
+    """Every seed's figure beside its target."""
+    count = len(next(iter(result["details"].values()))["seeds"])
+    lines = ["| | " + " | ".join(f"seed {n}" for n in range(count)) + " | target |", "|---" * (count + 2) + "|"]
+    for goal in result["goals"]:
+        values = " | ".join(f"{value:.2f}" for value in result["details"][goal["goal"]]["seeds"])
+        target = goal["target"] + ("" if goal["met"] is not False else ": **not met**")
+        lines.append(f"| {goal['goal']} | {values} | {target} |")
+    return "\n".join(lines)
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -74,10 +85,11 @@ def main() -> None:
     for path in sorted(harness.RESULTS.glob("bench_*.json")):
         sections.append(table(json.loads(path.read_text())))
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(sections))
-    told = harness.RESULTS / "demo_session.txt"
-    if told.exists():
+    told, measured = harness.RESULTS / "demo_session.txt", harness.RESULTS / "bench_demo.json"
+    if told.exists() and measured.exists():
         readme = ROOT / "README.md"
-        readme.write_text(between(readme.read_text(), "session", f"```text\n{session(told.read_text())}\n```"))
+        page = between(readme.read_text(), "session", f"```text\n{session(told.read_text())}\n```")
+        readme.write_text(between(page, "seeds", seeds(json.loads(measured.read_text()))))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="About 12 minutes instead of 30.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="About 10 minutes instead of 25.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Other pages, and other draws of the learner.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the report and the data go.")] = Path("demo-out"),
     browser_free: Annotated[bool, typer.Option("--browser-free", help="Pages in plain Python, no Chromium.")] = False,
