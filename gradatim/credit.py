@@ -3,7 +3,8 @@
 Evidence about a step comes first: a correction, then scores of that step. A step without its own evidence shares the
 episode's outcome: in full when it was good, 1/S of it when it was bad (one slip among S steps spoils an episode), and
 nothing of a failure that corrections already explain. A step after which the very same state came back led nowhere: in
-an episode that ended well it was the one thing not to do there, for what was done there last did lead on.
+an episode that ended well it was the one thing not to do there, for what was done there last did lead on. A step that
+says again what the step before it said gets no credit for a success: once may have been enough, and nobody knows.
 Knows nothing of tokens beyond whether two prompts are equal; assigns nothing over time.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from gradatim.config import RewardConfig
 from gradatim.opinions import weigh
@@ -27,8 +29,13 @@ class OutcomeCredit:
     def assign(self, case: Case, reward: Reward) -> Credit:
         steps = case.episode.steps
         left_by = {step.prompt_ids: step.id for step in steps}  # the last answer to each state
+        corrected = {f.step_id for f in case.feedback if f.kind == "correction"}
+        repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and a.id not in corrected}
         shares = [
-            self._share(step, case, reward.value or 0.0, led_on=left_by[step.prompt_ids] == step.id) for step in steps
+            self._share(
+                step, case, reward.value or 0.0, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
+            )
+            for step in steps
         ]
         return Credit(
             episode_id=case.episode.id,
@@ -39,14 +46,16 @@ class OutcomeCredit:
             position=case.position,
         )
 
-    def _share(self, step: Step, case: Case, value: float, *, led_on: bool) -> tuple[float, str]:
+    def _share(self, step: Step, case: Case, value: float, *, led_on: bool, repeats: bool) -> tuple[float, str]:
         own = [f for f in case.feedback if f.step_id == step.id]
         if any(f.kind == "correction" for f in own):
             return -1.0, "correction"
         mean, _ = weigh((f for f in own if f.kind == "score"), self._config)
         if mean is not None:
             return (mean if abs(mean) >= self._config.abstain_band else 0.0), "score"
+        if value >= 0.0 and not led_on:
+            return -value, "came back"
         if value >= 0.0:
-            return (value, "outcome") if led_on else (-value, "came back")
+            return (0.0, "repeated") if repeats else (value, "outcome")
         corrected = any(f.kind == "correction" for f in case.feedback)
         return (0.0 if corrected else value / len(case.episode.steps)), "outcome"

@@ -89,7 +89,7 @@ def test_feedback_that_changes_nothing_makes_no_second_example(store: Store) -> 
 
 
 def test_some_states_are_kept_for_the_gate_and_always_the_same(store: Store) -> None:
-    steps = tuple(step(f"s{i}", prompt_ids=(i,)) for i in range(40))
+    steps = tuple(step(f"s{i}", prompt_ids=(i,), completion_ids=(i, 8)) for i in range(40))
     case = case_of(feedback("outcome", value=1.0), steps=steps)
     retained = {e.state for e in built(store, case, retain_every=4) if e.retained}
     assert 3 <= len(retained) <= 20

@@ -77,7 +77,9 @@ def test_a_reward_is_in_range_or_abstained(
 
 
 def three_steps(*given_feedback: Feedback) -> Case:
-    return case_of(*given_feedback, steps=tuple(step(f"s{i}", prompt_ids=(i,)) for i in range(3)))
+    return case_of(
+        *given_feedback, steps=tuple(step(f"s{i}", prompt_ids=(i,), completion_ids=(i, 8)) for i in range(3))
+    )
 
 
 def test_success_is_shared_in_full() -> None:
@@ -108,7 +110,17 @@ def test_a_score_of_a_step_outranks_the_outcome() -> None:
 
 
 def test_a_step_after_which_the_same_state_came_back_is_blamed_in_a_success() -> None:
-    steps = (step("s0", prompt_ids=(1,)), step("s1", prompt_ids=(1,)), step("s2", prompt_ids=(2,)))
+    steps = tuple(step(f"s{i}", prompt_ids=(state,), completion_ids=(i, 8)) for i, state in enumerate((1, 1, 2)))
     credit = credited(case_of(feedback("outcome", value=1.0), steps=steps))
     assert credit.advantages == (-1.0, 1.0, 1.0)
     assert credit.methods == ("came back", "outcome", "outcome")
+
+
+def test_a_step_that_repeats_the_one_before_gets_no_credit() -> None:
+    steps = (step("s0", prompt_ids=(1,)), step("s1", prompt_ids=(2,)), step("s2", prompt_ids=(3,), completion_ids=(9,)))
+    success = feedback("outcome", value=1.0)
+    credit = credited(case_of(success, steps=steps))
+    assert credit.advantages == (1.0, 0.0, 1.0)
+    assert credit.methods == ("outcome", "repeated", "outcome")
+    corrected = credited(case_of(success, feedback("correction", step_id="s0", correction="x"), steps=steps))
+    assert corrected.advantages == (-1.0, 1.0, 1.0)  # the first one was never carried out
