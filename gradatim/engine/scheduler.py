@@ -33,7 +33,7 @@ from gradatim.types import Started
 logger = logging.getLogger(__name__)
 
 STEP_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_PROMPT_TOKENS = {"cpu": (128, 512), "cuda": (1024, 8192)}  # read in one step: while others decode, and alone
+_PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}  # read in one step: while others decode, and alone
 _IDLE_CAPACITY = 1024  # positions; more than that is given back when nothing runs
 
 
