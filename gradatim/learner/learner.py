@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, GradatimError, LearnerError
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.run import Run, summary
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
@@ -59,32 +60,6 @@ PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the
 
 class _RefusedError(Exception):
     """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
-
-
-@dataclass(slots=True)
-class _Run:
-    """What one update has seen and measured so far."""
-
-    new: list[Item]
-    replay: list[Item]
-    dropped: list[str]
-    known: list[Item] = field(default_factory=list)  # new ones that the parent gives already
-    reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
-    used: set[str] = field(default_factory=set)
-    sums: dict[str, float] = field(default_factory=dict)  # of loss parts
-    counts: Counter[str] = field(default_factory=Counter)  # of their terms
-    steps: int = 0
-    tokens: int = 0
-    packed: int = 0
-    train_s: float = 0.0
-    kl: float = 0.0
-    kl_max: float = 0.0
-    backtracks: int = 0  # steps that were taken back
-    grad_norms: list[float] = field(default_factory=list)
-
-    def add(self, name: str, value: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
-        self.counts[name] += 1
 
 
 class LoraLearner:
@@ -133,7 +108,7 @@ class LoraLearner:
             example_ids=tuple(i.example.id for i in run.new),
             replay_ids=tuple(i.example.id for i in run.replay if i.example.id in run.used),
             kinds=Counter(i.example.origin for i in run.new),
-            metrics=_metrics(run) | extra,
+            metrics=run.metrics() | extra,
             refused_because=refused,
             duration_s=time.monotonic() - started_s,
         )
@@ -164,8 +139,8 @@ class LoraLearner:
 
     # ------------------------------------------------------------------------------------- what goes in
 
-    def _admit(self, examples: Sequence[Example], replay: Sequence[Example]) -> _Run:
-        run = _Run([], [], [])
+    def _admit(self, examples: Sequence[Example], replay: Sequence[Example]) -> Run:
+        run = Run([], [], [])
         known = {e.id for e in examples}
         for example, replayed in [*((e, False) for e in examples), *((e, True) for e in replay if e.id not in known)]:
             fitted: Item | str = "it is retained for the gate"
@@ -197,7 +172,7 @@ class LoraLearner:
 
     # ----------------------------------------------------------------------------------------- training
 
-    def _train(self, run: _Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
+    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
         weights, state = self._start(parent)
         with self._trainable.training(weights) as lora:
             optimizer = _optimizer(lora, state)
@@ -212,11 +187,11 @@ class LoraLearner:
             size = {"delta_norm": relative_norm(self._base.model, made)}
             return made, optimizer.state(), self._probe(run) | size
 
-    def _batches(self, run: _Run, seed: int) -> list[list[Item]]:
+    def _batches(self, run: Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
         gradients into steps as long as any other: it joins the rehearsal."""
         self._refer(run, run.new)
-        run.known = [i for i in run.new if i.rejected is None and i.chosen is not None and _chance(run, i) >= KNOWN]
+        run.known = [i for i in run.new if i.rejected is None and i.chosen is not None and run.chance(i) >= KNOWN]
         known = {i.example.id for i in run.known}
         taught = [i for i in run.new if i.example.id not in known]
         if not taught:
@@ -227,7 +202,7 @@ class LoraLearner:
 
     def _walk(
         self,
-        run: _Run,
+        run: Run,
         lora: Lora,
         optimizer: FlatAdam,
         batches: Sequence[Sequence[Item]],
@@ -250,13 +225,14 @@ class LoraLearner:
             last.copy_(lora.flat.detach())
             _descend(run, lora, optimizer, lr * (0.5 if warm_up and run.steps == 0 else 1.0))
         else:
-            if self._drift(run, batches[-1]) > self._config.kl_limit:
+            run.drifted(self._drift(run, batches[-1]))
+            if run.kl > self._config.kl_limit:
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
         if torch.equal(lora.flat, first):
             raise _RefusedError(f"every step moved replayed answers by more than {self._config.kl_limit} nats a token")
 
-    def _drift(self, run: _Run, batch: Sequence[Item]) -> float:
+    def _drift(self, run: Run, batch: Sequence[Item]) -> float:
         """The same estimate as each step's, after the last one."""
         items = [i for i in batch if i.replayed and i.chosen is not None and i.example.id in run.reference]
         scored = self._trainable.score([i.chosen for i in items if i.chosen is not None])
@@ -265,7 +241,7 @@ class LoraLearner:
         ]
         return float(torch.cat(drift).mean()) if drift else 0.0
 
-    def _refer(self, run: _Run, items: Sequence[Item], but: Sequence[Item] = ()) -> None:
+    def _refer(self, run: Run, items: Sequence[Item], but: Sequence[Item] = ()) -> None:
         """The parent's log-probabilities, once, of all that is compared with it. The first batch needs no pass of
         its own: when it is trained on, the weights still are the parent's."""
         skipped = run.reference.keys() | {i.example.id for i in but}
@@ -274,7 +250,7 @@ class LoraLearner:
         for item in items:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
 
-    def _step(self, run: _Run, lora: Lora, batch: Sequence[Item]) -> bool:
+    def _step(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
         """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
         lora.zero_grad()
         drift: list[Tensor] = []
@@ -295,11 +271,10 @@ class LoraLearner:
                 raise _RefusedError("the loss is not finite")
             (total / len(batch)).backward()  # type: ignore[no-untyped-call]
             run.used.update(i.example.id for i in items)
-        run.kl = float(torch.cat(drift).mean()) if drift else 0.0
-        run.kl_max = max(run.kl_max, run.kl)
+        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
         return run.kl > self._config.kl_limit
 
-    def _loss(self, run: _Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
+    def _loss(self, run: Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
         """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
         beta = self._config.beta
         if item.chosen is None:
@@ -320,13 +295,13 @@ class LoraLearner:
         run.add("loss_dpo", dpo)
         return dpo + self._config.nll * nll
 
-    def _probe(self, run: _Run) -> dict[str, float]:
+    def _probe(self, run: Run) -> dict[str, float]:
         """Some new examples, before and after: did it learn them?"""
         taught = [i for i in run.new if i not in run.known]
         items = taught[:: -(-len(taught) // PROBE_EXAMPLES) or 1]
         scored = self._trainable.score([a for i in items for a in i.answers])
         after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
-        return _summary(items, run.reference, "before") | _summary(items, after, "after")
+        return summary(items, run.reference, "before") | summary(items, after, "after")
 
     # ------------------------------------------------------------------------------------ what comes out
 
@@ -362,54 +337,10 @@ def _optimizer(lora: Lora, state: Mapping[str, Tensor]) -> FlatAdam:
         return FlatAdam(lora.flat, {})
 
 
-def _descend(run: _Run, lora: Lora, optimizer: FlatAdam, lr: float) -> None:
+def _descend(run: Run, lora: Lora, optimizer: FlatAdam, lr: float) -> None:
     norm = float(torch.nn.utils.clip_grad_norm_([lora.flat], CLIP_NORM))
     if not math.isfinite(norm):
         raise _RefusedError("the gradient is not finite")
     optimizer.step(lr)
     run.grad_norms.append(norm)
     run.steps += 1
-
-
-# ---------------------------------------------------------------------------------------------- metrics
-
-
-def _summary(items: Sequence[Item], logprobs: Mapping[str, Sequence[Tensor]], when: str) -> dict[str, float]:
-    """Mean log-probability per token of chosen and rejected answers, and how often the chosen one is likelier."""
-    chosen = [float(logprobs[i.example.id][0].mean()) for i in items if i.chosen is not None]
-    rejected = [float(logprobs[i.example.id][-1].mean()) for i in items if i.rejected is not None]
-    wins = [
-        float(logprobs[i.example.id][0].sum() > logprobs[i.example.id][1].sum())
-        for i in items
-        if i.chosen is not None and i.rejected is not None
-    ]
-    named = {"chosen_logprob": chosen, "rejected_logprob": rejected, "pair_accuracy": wins}
-    return {f"{name}_{when}": sum(values) / len(values) for name, values in named.items() if values}
-
-
-def _chance(run: _Run, item: Item) -> float:
-    """Of the parent giving exactly the item's first answer at temperature 1."""
-    return math.exp(float(run.reference[item.example.id][0].sum()))
-
-
-def _metrics(run: _Run) -> dict[str, float]:
-    kinds = Counter(i.example.kind for i in run.new)
-    out: dict[str, float] = {name: run.sums[name] / run.counts[name] for name in run.sums if name != "settled"}
-    out |= {
-        "settled": run.counts["settled"],
-        "pairs": kinds["pair"],
-        "imitated": kinds["imitate"],
-        "avoided": kinds["avoid"],
-        "known": len(run.known),
-        "dropped": len(run.dropped),
-        "truncated": sum(i.truncated for i in (*run.new, *run.replay)),
-        "steps": run.steps,
-        "tokens": run.tokens,
-        "packed_tokens": run.packed,
-        "tokens_per_s": run.tokens / run.train_s if run.train_s else 0.0,
-        "kl": run.kl,
-        "kl_max": run.kl_max,
-        "backtracks": run.backtracks,
-        "grad_norm": sum(run.grad_norms) / len(run.grad_norms) if run.grad_norms else 0.0,
-    }
-    return {name: float(value) for name, value in out.items() if math.isfinite(value)}
