@@ -39,9 +39,17 @@ def tell(seed: int, out: Path, quick: bool) -> Run:
     return read(out)
 
 
+def session(text: str) -> str:
+    """A run's own words, up to the end of its table; without where the files went."""
+    lines = [line.rstrip() for line in text.splitlines()]
+    end = next((n for n, line in enumerate(lines) if line.startswith("└")), len(lines) - 1)
+    return "\n".join(line for line in lines[: end + 1] if not line.strip().startswith("report:"))
+
+
 def keep(run: Path) -> None:
     """What the README shows of a run: its session and its curve."""
-    shutil.copyfile(run / SESSION, harness.RESULTS / "demo_session.txt")
+    told = session((run / SESSION).read_text())
+    (harness.RESULTS / "demo_session.txt").write_text(told + "\n")
     shutil.copyfile(run / "curve.png", harness.RESULTS.parent.parent / "docs" / "curve.png")
 
 

@@ -53,13 +53,6 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def session(text: str) -> str:
-    """A run's own words, up to the end of its table; without where the files went."""
-    lines = [line.rstrip() for line in text.splitlines()]
-    end = next((n for n, line in enumerate(lines) if line.startswith("└")), len(lines) - 1)
-    return "\n".join(line for line in lines[: end + 1] if not line.strip().startswith("report:"))
-
-
 def seeds(result: Mapping[str, Any]) -> str:
     """Every seed's figure beside its target."""
     count = len(next(iter(result["details"].values()))["seeds"])
@@ -88,7 +81,7 @@ def main() -> None:
     told, measured = harness.RESULTS / "demo_session.txt", harness.RESULTS / "bench_demo.json"
     if told.exists() and measured.exists():
         readme = ROOT / "README.md"
-        page = between(readme.read_text(), "session", f"```text\n{session(told.read_text())}\n```")
+        page = between(readme.read_text(), "session", f"```text\n{told.read_text()}```")
         readme.write_text(between(page, "seeds", seeds(json.loads(measured.read_text()))))
 
 
