@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.errors import StoreError
@@ -43,6 +43,15 @@ def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig,
         return True
     waited_s = now - min((e.created_at for e in good), default=now)
     return bool(good) and not live.endswith("@0") and waited_s >= config.max_wait_s
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Examples for the next update, the cursor after them, and how many bad answers alone were left out before it."""
+
+    cursor: int
+    examples: Sequence[Example]
+    passed_over: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,15 +109,16 @@ class Loop:
 
     # ------------------------------------------------------------------ examples -> candidate
 
-    def waiting(self, beside: int = 0) -> tuple[int, Sequence[Example]]:
-        """(cursor after them, the examples that the next update would learn from), with room left for ``beside``.
+    def waiting(self, beside: int = 0) -> Waiting:
+        """What the next update would learn from, with room left for ``beside``.
 
-        Of bad answers without a good one to the same prompt it takes the first few; the others have their use when a
-        good one comes and makes a pair of them.
+        Of bad answers without a good one to the same prompt it takes the first few and passes over the others, which
+        have their use when a good one comes and makes a pair of them.
         """
         most = max(self.learning.max_examples - beside, self.learning.min_examples)
         alone = most // 8
         newest: dict[str, Example] = {}
+        passed_over = 0
         cursor = self.store.cursor(LEARNED)
         for position, example in self._examples_after(cursor):
             usable = not example.retained and bool(example.chosen_ids or example.rejected_ids)
@@ -116,10 +126,13 @@ class Loop:
                 break
             cursor = position
             newest.pop(example.step_id, None)
-            is_alone = not example.chosen_ids
-            if usable and not (is_alone and sum(not e.chosen_ids for e in newest.values()) >= alone):
-                newest[example.step_id] = example
-        return cursor, list(newest.values())
+            if not usable:
+                continue
+            if not example.chosen_ids and sum(not e.chosen_ids for e in newest.values()) >= alone:
+                passed_over += 1
+                continue
+            newest[example.step_id] = example
+        return Waiting(cursor, list(newest.values()), passed_over)
 
     def _examples_after(self, position: int) -> Iterator[tuple[int, Example]]:
         while page := self.store.read(Example, after=position, limit=200):
@@ -130,15 +143,17 @@ class Loop:
         """One update from what waits, if there is enough of it."""
         live = self._adapter(self._live())
         refused = self._second_chance(live)
-        cursor, examples = self.waiting(beside=len(refused))
+        waiting = self.waiting(beside=len(refused))
+        examples = waiting.examples
         if not examples or not (flush or is_ripe(examples, live.id, self.learning, self.clock())):
             return False
         revised = {e.step_id for e in examples}
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         update, adapter = self.learner.update(examples, replay, live, self._next_step())
+        update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
         made: list[Record] = [update] if adapter is None else [update, adapter]
-        self.store.append(*made, cursors={LEARNED: cursor})
+        self.store.append(*made, cursors={LEARNED: waiting.cursor})
         return True
 
     def _second_chance(self, live: Adapter) -> Sequence[Example]:

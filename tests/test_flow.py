@@ -363,6 +363,8 @@ def test_bad_answers_alone_do_not_crowd_out_good_ones(store: Store) -> None:
     good_episode(store, "good")
     run(loop)
     assert [len(ids) for ids, _, _ in learner.calls] == [2]
+    (made,) = [u for _, u in store.read(Update)]
+    assert made.metrics["passed_over"] == 229
 
 
 def test_bad_answers_alone_make_no_update_however_long_they_wait(store: Store) -> None:

@@ -93,7 +93,7 @@ def test_a_step_that_drifts_too_far_on_replayed_answers_is_taken_back(tmp_path: 
     free, _ = applied(learner(tmp_path / "free", kl_limit=1e9, epochs=20).update(new, replay, base_adapter(), 1))
     held, _ = applied(learner(tmp_path / "held", kl_limit=0.2, epochs=20).update(new, replay, base_adapter(), 1))
     assert held.metrics["backtracks"] > 0 and free.metrics["backtracks"] == 0
-    assert 0 < held.metrics["steps"] < free.metrics["steps"] == 20
+    assert 0 < held.metrics["steps"] < free.metrics["steps"] == 40
     assert free.metrics["kl_max"] > held.metrics["kl_max"] > 0.2
     assert held.replay_ids == ("pair-9",)
 
@@ -185,6 +185,8 @@ def test_steps_visit_every_new_example_once_an_epoch_with_replay_mixed_in() -> N
     assert sorted(visits) == sorted(2 * [i.example.id for i in new])
     assert all(sum(i in replay for i in b) == 2 and len(b) <= 4 for b in batches)
     assert len(list(steps(new[:1], [], CONFIG, seed=0))) == CONFIG.epochs
+    alone = list(steps(new[:4], [], replace(CONFIG, epochs=1, batch=4, replay_share=0.5), seed=0))
+    assert [len(b) for b in alone] == [2, 2]  # as many steps as there would be with replay
 
 
 def test_scores_are_cached_by_weights_and_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ class StoryConfig:
     """The longest wait for the loop to have judged the harmful batch."""
     identity: int = 10
     """Prompts on which the frozen model must answer the same before and after."""
-    attempts: int = 3
+    attempts: int = 4
     """At a page whose outcome is the only signal, before the agent gives up on it."""
     random_episodes: int = 200
     retrieved: int = 5
@@ -76,10 +76,10 @@ class StoryConfig:
             name="full",
             held_out=64,
             curve=8,
-            rounds=5,
-            redesign_rounds=5,
+            rounds=6,
+            redesign_rounds=6,
             corrected=4,
-            outcomes=4,
+            outcomes=3,
             harmful=12,
             retrieval=16,
             curve_every=2,

@@ -67,10 +67,14 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
 
 
 def steps(new: Sequence[Item], replay: Sequence[Item], config: LearnerConfig, seed: int) -> Iterator[list[Item]]:
-    """The batches of all gradient steps: every new item once an epoch, with the share of replayed ones mixed in."""
+    """The batches of all gradient steps: every new item once an epoch, with the share of replayed ones mixed in.
+
+    So many new ones make a step, whether or not there is something to replay beside them: an adapter's first updates
+    would else have fewer steps than any later one, and more to learn.
+    """
     rng = random.Random(seed)
-    replayed = min(len(replay), round(config.batch * config.replay_share), config.batch - 1)
-    fresh = config.batch - replayed
+    fresh = max(1, config.batch - round(config.batch * config.replay_share))
+    replayed = min(len(replay), config.batch - fresh)
     rehearsal = cycle(replay)
     for _ in range(config.epochs):
         order = rng.sample(list(new), len(new))
