@@ -16,6 +16,7 @@ from dataclasses import replace
 from gradatim.protocols import Store, Tokenizer
 from gradatim.types import Case, Credit, Example, Feedback, Reward, Step
 
+PAIRED_AMONG = 64  # examples of one state, the newest, among which an answer of the opposite worth is looked for
 _SAME_WEIGHT = 0.5  # a revision that moves a weight by less is not worth training on again
 
 
@@ -121,8 +122,8 @@ class ExampleBuilder:
     def _pair(self, example: Example, fresh: Sequence[Example], *, bad: bool) -> Example:
         """Complete a lone answer with the newest answer of the opposite worth to the same state, if there is one;
         ``fresh`` are those of this episode, which are not stored yet."""
-        stored = [e for _, e in self._store.read(Example, state=example.state)]
-        for other in reversed([*stored, *fresh]):
+        stored = [e for _, e in self._store.newest(Example, state=example.state, limit=PAIRED_AMONG)]
+        for other in [*reversed(fresh), *stored]:
             if other.state != example.state or other.step_id == example.step_id:
                 continue
             if bad and other.chosen_ids and other.chosen_ids != example.rejected_ids:

@@ -49,14 +49,15 @@ def build_base(config: Config) -> Base:
 
 def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
     """``name@0``, the frozen base: written once, and never another one. ConfigError names both digests."""
-    bases = [adapter for _, adapter in store.read(Adapter, limit=1_000_000) if adapter.step == 0]
-    for adapter in bases:
+    own = [adapter for _, adapter in store.newest(Adapter, id=f"{config.name}@0")]
+    first = [adapter for _, adapter in store.read(Adapter, limit=1)]  # whatever it is named, all have one base
+    for adapter in (*own, *first):
         if adapter.base_sha256 != base_sha256:
             raise ConfigError(
                 f"{config.data_dir} was made with another base model: its digest is {adapter.base_sha256}, that of "
                 f"{config.model} is {base_sha256}. Serve the model it was made with, or give this one a --data-dir"
             )
-    if config.name in (adapter.name for adapter in bases):
+    if own:
         return
     store.append(
         Adapter(
