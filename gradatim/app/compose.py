@@ -90,14 +90,17 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.nn.render import Renderer
     from gradatim.release.gates import ReplayGate, StaticGate
     from gradatim.reward import WeightedReward
+    from gradatim.skills import PromptSkills
 
     scorer = TorchScorer(base, config.learner, config.data_dir)
+    renderer = Renderer(base)
+    skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
     return Loop(
         name=config.name,
         store=store,
         reward_model=WeightedReward(config.reward),
         credit=OutcomeCredit(config.reward),
-        examples=ExampleBuilder(store, Renderer(base), retain_every=config.learner.retain_every),
+        examples=ExampleBuilder(store, renderer, retain_every=config.learner.retain_every, skills=skills),
         replay=StoreReplay(store, config.name, config.learner.seed),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name),
         gates={Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))},
