@@ -118,7 +118,10 @@ def test_examples_of_unnamed_skills_are_named_and_keep_their_name() -> None:
     reward_model, credit = WeightedReward(RewardConfig()), OutcomeCredit(RewardConfig())
 
     def judged(position: int, *steps: tuple[str, tuple[int, ...], str], value: float = 1.0) -> Sequence[Example]:
-        taken = [records.step(i, prompt_ids=ids, skill=skill, completion_ids=(position,)) for i, ids, skill in steps]
+        taken = [
+            records.step(i, prompt_ids=ids, skill=skill, completion_ids=(position, k))
+            for k, (i, ids, skill) in enumerate(steps)
+        ]
         opinion = records.feedback("outcome", value=value, source="critic:tests")
         case = Case(
             position=position,
