@@ -124,11 +124,12 @@ class StoreReplay:
             old.current = False
             self._recent.pop(old.id, None)
             self._learned.discard(old.id)
-        if _rehearsable(example):
-            self._await(position, example)
+        self._await(position, example)
 
     def _await(self, position: int, example: Example) -> Member:
+        """Also what cannot be rehearsed, or it would be looked for when an update has trained on it."""
         member = Member(example.id, example.step_id, (example.skill, example.origin), position)
+        member.current = _rehearsable(example)
         self._recent[member.id] = self._by_step[member.step_id] = member
         while len(self._recent) > RECENT:
             self._forget(self._recent.popitem(last=False)[1])
@@ -148,7 +149,7 @@ class StoreReplay:
         """An example that waited long for its update, where it was the newest revision of its step by then."""
         for position, example in self._store.newest(Example, id=example_id, before=before):
             newest = self._store.newest(Example, step_id=example.step_id, before=before)
-            if newest[0][0] == position and _rehearsable(example):
+            if newest[0][0] == position:
                 return self._await(position, example)
         return None
 

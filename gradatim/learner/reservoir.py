@@ -32,7 +32,7 @@ class Member:
     stratum: Stratum
     position: int  # in the log
     adapter: int = 0  # step of the adapter that was trained on it
-    current: bool = True  # no newer revision has come
+    current: bool = True  # it can be rehearsed, and no newer revision has come
 
 
 class Reservoir:
