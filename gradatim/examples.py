@@ -14,8 +14,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gradatim.protocols import Store, Tokenizer
+from gradatim.skills import UNNAMED, PromptSkills
 from gradatim.types import Case, Credit, Example, Feedback, Reward, Step
 
+PAIRED_AMONG = 64  # examples of one state, the newest, among which an answer of the opposite worth is looked for
 _SAME_WEIGHT = 0.5  # a revision that moves a weight by less is not worth training on again
 
 
@@ -30,14 +32,24 @@ def is_withdrawn(example: Example) -> bool:
 
 
 class ExampleBuilder:
-    """Stateless but for the store, where it looks up other answers to the same state and earlier revisions."""
+    """Stateless but for the store, where it looks up other answers to the same state and earlier revisions.
+
+    ``skills`` names the examples of requests that name no skill themselves.
+    """
 
     def __init__(
-        self, store: Store, tokenizer: Tokenizer, *, retain_every: int = 4, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        tokenizer: Tokenizer,
+        *,
+        retain_every: int = 4,
+        skills: PromptSkills | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._tokenizer = tokenizer
         self._retain_every = retain_every
+        self._skills = skills
         self._clock = clock
 
     def build(self, case: Case, reward: Reward, credit: Credit) -> Sequence[Example]:
@@ -57,7 +69,13 @@ class ExampleBuilder:
                 example = replace(self._blank(step, case), origin="withdrawn")
             if example is not None and not _unchanged(previous, example):
                 out.append(example)
-        return out[::-1]
+        return [self._named(example, earlier.get(example.step_id)) for example in reversed(out)]
+
+    def _named(self, example: Example, previous: Example | None) -> Example:
+        """A revision keeps the name of the one before."""
+        if self._skills is None or example.skill != UNNAMED:
+            return example
+        return replace(example, skill=previous.skill if previous else self._skills.name(example.prompt_ids))
 
     def _earlier(self, case: Case) -> dict[str, Example]:
         return {e.step_id: e for _, e in self._store.read(Example, episode_id=case.episode.id)}
@@ -121,8 +139,8 @@ class ExampleBuilder:
     def _pair(self, example: Example, fresh: Sequence[Example], *, bad: bool) -> Example:
         """Complete a lone answer with the newest answer of the opposite worth to the same state, if there is one;
         ``fresh`` are those of this episode, which are not stored yet."""
-        stored = [e for _, e in self._store.read(Example, state=example.state)]
-        for other in reversed([*stored, *fresh]):
+        stored = [e for _, e in self._store.newest(Example, state=example.state, limit=PAIRED_AMONG)]
+        for other in [*reversed(fresh), *stored]:
             if other.state != example.state or other.step_id == example.step_id:
                 continue
             if bad and other.chosen_ids and other.chosen_ids != example.rejected_ids:

@@ -31,6 +31,7 @@ from gradatim.types import (
 
 JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
+SECOND_CHANCE_AMONG = 64  # updates of the live adapter; what was refused before them is not tried again
 SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
 
@@ -159,15 +160,16 @@ class Loop:
     def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than
         in company. Refused twice, they are out for good."""
-        stages = self.store.stages(self.name)
-        refused = [
-            u.example_ids
-            for _, u in self.store.read(Update, parent_id=live.id)
-            if u.adapter_id is not None and "scale" not in u.metrics and stages.get(u.adapter_id) is Stage.REJECTED
-        ]
-        before = {i for ids in refused[:-1] for i in ids}
-        once = [i for i in (refused[-1] if refused else ()) if i not in before]
-        return [e for i in once for _, e in self.store.read(Example, id=i)]
+        made = self.store.newest(Update, parent_id=live.id, limit=SECOND_CHANCE_AMONG)
+        refused = (update.example_ids for _, update in made if self._refused_whole(update))  # newest first
+        last, before = next(refused, ()), next(refused, ())
+        return [e for i in last if i not in before for _, e in self.store.newest(Example, id=i)]
+
+    def _refused_whole(self, update: Update) -> bool:
+        """By the gates, and not as a smaller share of a step that was refused before."""
+        if update.adapter_id is None or "scale" in update.metrics:
+            return False
+        return any(m.after is Stage.REJECTED for _, m in self.store.newest(Move, adapter_id=update.adapter_id))
 
     def _replayed(self, new: int) -> int:
         """As many old ones as the share says; more beside a few new ones, so that a gradient step is never of those
@@ -218,18 +220,16 @@ class Loop:
     # ------------------------------------------------------------------ look-ups
 
     def _on_the_way(self) -> tuple[Adapter, Stage] | None:
-        for adapter_id, stage in self.store.stages(self.name).items():
-            if stage in ON_THE_WAY:
-                return self._adapter(adapter_id), stage
+        for adapter_id, stage in self.store.stages(self.name, *ON_THE_WAY).items():
+            return self._adapter(adapter_id), stage
         return None
 
     def _next_step(self) -> int:
-        return 1 + max(int(a.rpartition("@")[2]) for a in self.store.stages(self.name))
+        return 1 + max(adapter.step for _, adapter in self.store.newest(Adapter, name=self.name))
 
     def _live(self) -> AdapterId:
-        for adapter_id, stage in self.store.stages(self.name).items():
-            if stage is Stage.LIVE:
-                return adapter_id
+        for adapter_id in self.store.stages(self.name, Stage.LIVE):
+            return adapter_id
         raise StoreError(f"{self.name} has no live adapter: start `gradatim serve` on this data directory once")
 
     def _adapter(self, adapter_id: AdapterId) -> Adapter:

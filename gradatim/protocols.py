@@ -73,6 +73,9 @@ class Store(Protocol):
     def read(self, kind: type[R], *, after: int = 0, limit: int = 1000, **where: str) -> Sequence[tuple[int, R]]:
         """Records of a kind past a position, oldest first; ``where`` compares indexed columns (id, episode_id, ...)."""
 
+    def newest(self, kind: type[R], *, before: int = 0, limit: int = 1, **where: str) -> Sequence[tuple[int, R]]:
+        """The last records of a kind, newest first; where ``before`` is given, of those at lower positions."""
+
     def episode(self, episode_id: EpisodeId) -> Episode | None: ...
 
     def step(self, *, id: StepId | None = None, chain_key: str | None = None) -> Step | None:
@@ -84,7 +87,9 @@ class Store(Protocol):
     def cursor(self, name: str) -> int:
         """0 where it was never set."""
 
-    def stages(self, name: str) -> Mapping[AdapterId, Stage]: ...
+    def stages(self, name: str, *among: Stage) -> Mapping[AdapterId, Stage]:
+        """Of every adapter of that name, in the order of their steps; or of those that are in one of these stages,
+        which costs no more than there are of them."""
 
     def move(self, *moves: Move, verdicts: Sequence[Verdict] = (), cursors: Mapping[str, int] | None = None) -> None:
         """Change stages, with what justified it, all or nothing. TransitionError when the table or the rule of one

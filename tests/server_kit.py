@@ -29,26 +29,32 @@ class FakeAdmin:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, str, str, str]] = []
-        self.live = "agent@1"
+        self._live = "agent@1"
 
     def adapters(self) -> Sequence[Mapping[str, Any]]:
         return [
-            {"id": f"agent@{step}", "stage": "live" if self.live == f"agent@{step}" else "retired", "step": step}
+            {"id": f"agent@{step}", "stage": "live" if self._live == f"agent@{step}" else "retired", "step": step}
             | {"parent": f"agent@{step - 1}" if step else None, "created_at": 1.0, "update": None, "verdicts": []}
             for step in (0, 1)
         ]
 
+    def adapter(self, adapter_id: AdapterId) -> Mapping[str, Any] | None:
+        return next((row for row in self.adapters() if row["id"] == adapter_id), None)
+
+    def live(self) -> AdapterId | None:
+        return AdapterId(self._live)
+
     def rollback(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
-        if self.live != adapter_id or adapter_id == "agent@0":
+        if self._live != adapter_id or adapter_id == "agent@0":
             raise TransitionError(f"{adapter_id} is not live")
         self.calls.append(("rollback", adapter_id, actor, reason))
-        self.live = "agent@0"
-        return {"live": self.live}
+        self._live = "agent@0"
+        return {"live": self._live}
 
     def promote(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
         self.calls.append(("promote", adapter_id, actor, reason))
-        self.live = adapter_id
-        return {"live": self.live}
+        self._live = adapter_id
+        return {"live": self._live}
 
     def status(self) -> Mapping[str, Any]:
         return {"learning": True, "ratio": float("nan")}

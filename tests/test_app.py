@@ -331,8 +331,15 @@ def test_the_diagnosis_names_what_stands_in_the_way(
     assert level == "bad" or not [f for f in found if f.level == "bad"]
 
 
-def test_the_newest_records_come_first_however_long_the_log_is(store: SqlStore) -> None:
-    for step in range(1, 30):
-        _put_live(store, step)
-    assert [a.step for a in report.newest(store, Adapter, 3)] == [29, 28, 27]
-    assert len(report.newest(store, Adapter, 1000)) == 30
+def test_a_long_list_of_adapters_ends_with_the_newest_and_has_the_live_one(store: SqlStore) -> None:
+    for number in range(1, 30):
+        _put_live(store, number)
+    store.move(
+        Move(adapter_id=AdapterId("agent@29"), created_at=1.0, before=Stage.LIVE, after=Stage.ROLLED_BACK, actor="me"),
+        Move(adapter_id=AdapterId("agent@2"), created_at=1.0, before=Stage.RETIRED, after=Stage.LIVE, actor="me"),
+    )
+    assert [row["step"] for row in report.adapters(store, "agent", limit=3)] == [2, 27, 28, 29]
+    assert [row["step"] for row in report.adapters(store, "agent")] == list(range(30))
+    one = report.adapter(store, "agent", AdapterId("agent@2"))
+    assert one is not None and one["stage"] == "live" and len(one["moves"]) == 4
+    assert report.adapter(store, "other", AdapterId("agent@2")) is None

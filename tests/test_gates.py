@@ -12,6 +12,7 @@ import pytest
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError
 from gradatim.protocols import Store
+from gradatim.release.cases import ENOUGH, SPARE, Cases
 from gradatim.release.gates import Pairs, ReplayGate, StaticGate, common_harm, harm
 from gradatim.store import open_store
 from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update
@@ -95,7 +96,7 @@ def verified(prefix: str, n: int, skill: str, retained: bool = True) -> list[Exa
 def test_answers_that_were_trained_on_only_fill_up(tmp_path: Path) -> None:
     with open_store(tmp_path / "s.db") as store:
         store.append(*verified("a", 5, "few"), *verified("b", 30, "few", retained=False), *verified("c", 20, "many"))
-        cases = ReplayGate(store, TableScorer({}), GateConfig()).cases()
+        cases = Cases(store, most=96).choose()
     assert sum(e.id.startswith("a") for e in cases) == 5
     assert sum(e.id.startswith("b") for e in cases) == 7
     assert sum(e.id.startswith("c") for e in cases) == 20
@@ -141,19 +142,41 @@ def test_an_update_is_not_its_own_witness(tmp_path: Path) -> None:
 def test_only_the_newest_verified_revision_is_a_case(tmp_path: Path) -> None:
     first = example("x#1", verified=True)
     with open_store(tmp_path / "s.db") as store:
-        gate = ReplayGate(store, TableScorer({}), GateConfig())
+        cases = Cases(store, most=96)
         store.append(first)
-        assert [e.id for e in gate.cases()] == ["x#1"]
+        assert [e.id for e in cases.choose()] == ["x#1"]
         store.append(example("x#2", step_id=first.step_id, verified=False))
-        assert gate.cases() == []
+        assert cases.choose() == []
 
 
 def test_every_skill_gets_its_share_of_the_cases(tmp_path: Path) -> None:
     with open_store(tmp_path / "s.db") as store:
         store.append(*verified("a", 90, "common"), *verified("b", 3, "rare"))
-        cases = ReplayGate(store, TableScorer({}), GateConfig(max_cases=20)).cases()
+        cases = Cases(store, most=20).choose()
     assert sum(e.skill == "rare" for e in cases) == 3
     assert sum(e.skill == "common" for e in cases) == 10
+
+
+def test_the_memory_of_cases_is_bounded(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.db") as store:
+        for prefix, n, skill in (("a", 300, "old"), ("b", 300, "new")):
+            store.append(*verified(prefix, n, skill), *verified(f"{prefix}t", n, skill, retained=False))
+        store.append(*(example(f"own{i}", skill=f"skill {i}", verified=True) for i in range(50)))
+        store.append(*verified("c", 2, "old"))
+        cases = Cases(store, most=10)
+        chosen = cases.choose()
+        assert len(chosen) == 10 and {e.skill for e in chosen} == {"old", *(f"skill {i}" for i in range(41, 50))}
+        assert len(cases) <= 10 * (10 + ENOUGH + SPARE)
+        assert [e.id for e in Cases(store, most=10).choose()] == [e.id for e in chosen]
+
+
+def test_a_verdict_says_how_well_each_skill_is_known(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*verified("a", 20, "old"), *verified("b", 20, "new"))
+        right = {"agent@1": {f"a{i}" for i in range(20)}}
+        evidence = ReplayGate(store, TableScorer(right), GateConfig()).check(CANDIDATE, BASE, BASE).evidence
+    assert evidence["old.chance"] == pytest.approx(math.exp(-0.2), abs=1e-3)  # two tokens of -0.1 each
+    assert evidence["new.chance"] == pytest.approx(math.exp(-2.0), abs=1e-3)
 
 
 def simulated(loss: float, runs: int = 400, n: int = 24, noise: float = 0.7) -> Mapping[Decision, float]:

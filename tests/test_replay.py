@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from typing import Any
 
 import pytest
 
-from gradatim.learner.replay import StoreReplay
+from gradatim.learner.replay import RECENT, StoreReplay
+from gradatim.learner.reservoir import MOST_STRATA
 from gradatim.testing.fakes import FakeStore
-from gradatim.types import AdapterId, Example, Move, Stage, Update
+from gradatim.types import Adapter, AdapterId, Decision, Example, Move, Stage, StepId, Update, Verdict
 from tests import records
 
 
@@ -132,7 +134,8 @@ def test_the_index_is_bounded_and_the_log_is_read_once(store: FakeStore, monkeyp
 
     monkeypatch.setattr(store, "read", watched)
     replay.draw(1)
-    assert len(read) == 2 and min(read) > 0
+    ends = {kind: store.newest(kind)[0][0] for kind in (Example, Update, Adapter, Move)}
+    assert read == [ends[Example], ends[Update], ends[Adapter], 0, ends[Move]]  # there are no verdicts
 
 
 def test_after_a_rollback_over_several_steps_nothing_of_what_lies_between_is_drawn(store: FakeStore) -> None:
@@ -141,3 +144,105 @@ def test_after_a_rollback_over_several_steps_nothing_of_what_lies_between_is_dra
         learn(store, step, records.example(name))
     store.move(move("agent@3", Stage.LIVE, Stage.ROLLED_BACK), move("agent@1", Stage.RETIRED, Stage.LIVE))
     assert ids(replay.draw(5)) == {"a"}
+
+
+def test_every_stratum_keeps_a_place_and_memory_is_bounded(store: FakeStore) -> None:
+    """A thousand of one skill, and four others of which a uniform sample of 50 would lose most."""
+    rare = [records.example(f"r{i}{k}", skill=f"rare {i}") for i in range(4) for k in range(3)]
+    learn(store, 1, *rare)
+    for step in range(2, 12):
+        learn(store, step, *(records.example(f"c{step}-{i}", skill="common") for i in range(100)))
+    replay = StoreReplay(store, "agent", seed=0, capacity=50)
+    drawn = replay.draw(50)
+    assert len(drawn) == 50 and {e.id for e in rare} <= ids(drawn)
+    assert len({e.id.split("-")[0] for e in drawn if e.skill == "common"}) > 5  # of all its time
+    assert {e.skill for e in replay.draw(5)} == {"common", *(f"rare {i}" for i in range(4))}
+    assert len(replay._learned) == 50 and len(replay._by_step) <= 50 + RECENT
+
+
+def test_a_skill_for_every_request_shares_a_stratum_in_the_end(store: FakeStore) -> None:
+    learn(store, 1, *(records.example(f"{i:04}", skill=f"skill {i}") for i in range(1000)))
+    replay = StoreReplay(store, "agent", seed=0, capacity=600)
+    assert len(replay.draw(1000)) == 600
+    assert len(replay._learned._strata) == MOST_STRATA + 1
+
+
+def test_a_restart_draws_what_would_have_been_drawn(store: FakeStore) -> None:
+    """One replay follows the log as it grows and draws all the time; others read it at once, after any step."""
+    rng = random.Random(1)
+    following = StoreReplay(store, "agent", seed=5, capacity=40)
+    live = 0
+    known: list[StepId] = []
+    for step in range(1, 40):
+        fresh = [records.example(f"{step}-{i}", skill=f"s{rng.randrange(6)}") for i in range(rng.randrange(1, 9))]
+        if known and rng.random() < 0.5:  # a revision
+            step_id = rng.choice(known)
+            fresh.append(records.example(f"{step}-r", step_id=step_id, chosen_ids=rng.choice([(9,), ()])))
+        known += [e.step_id for e in fresh]
+        store.append(*fresh)
+        update = Update(
+            id=f"u{step}",
+            created_at=1.0,
+            applied=True,
+            parent_id=AdapterId(f"agent@{live}"),
+            adapter_id=AdapterId(f"agent@{step}"),
+            example_ids=tuple(e.id for e in fresh),
+        )
+        store.append(update, records.adapter(step, live))
+        if rng.random() < 0.7:
+            moves = (
+                move(f"agent@{live}", Stage.LIVE, Stage.RETIRED),
+                move(f"agent@{step}", Stage.CANDIDATE, Stage.LIVE),
+            )
+            store.move(*moves, verdicts=[verdict(step, {f"s{rng.randrange(6)}.chance": rng.random()})])
+            live = step
+        else:
+            store.move(move(f"agent@{step}", Stage.CANDIDATE, Stage.REJECTED))
+        retired = [a for a, stage in store.stages("agent").items() if stage is Stage.RETIRED]
+        if rng.random() < 0.2 and retired:
+            to = rng.choice(retired)
+            store.move(move(f"agent@{live}", Stage.LIVE, Stage.ROLLED_BACK), move(to, Stage.RETIRED, Stage.LIVE))
+            live = int(to.partition("@")[2])
+        drawn = [e.id for e in following.draw(12)]
+        assert drawn == [e.id for e in StoreReplay(store, "agent", seed=5, capacity=40).draw(12)]
+        assert len(set(drawn)) == len(drawn)
+
+
+def verdict(step: int, evidence: dict[str, float]) -> Verdict:
+    adapter_id = AdapterId(f"agent@{step}")
+    return Verdict(adapter_id=adapter_id, created_at=1.0, gate="replay", decision=Decision.PASS, evidence=evidence)
+
+
+def test_what_is_known_least_is_drawn_most(store: FakeStore) -> None:
+    examples = [records.example(f"{s}{i:03}", skill=s) for s in ("known", "unknown") for i in range(60)]
+    store.append(*examples)
+    evidence = {"known.chance": 1.0, "unknown.chance": 0.0, "known.live.n": 9.0}
+    store.append(verdict(1, evidence))
+    learn(store, 1, *examples, seen=True)
+    store.append(verdict(2, {"known.chance": 0.0, "unknown.chance": 1.0}))  # of one that is not live
+    drawn = Counter(e.skill for e in StoreReplay(store, "agent", seed=0).draw(40))
+    assert drawn == {"unknown": 30, "known": 10}
+
+
+def test_an_adapter_that_comes_back_brings_its_examples_back(store: FakeStore) -> None:
+    replay = StoreReplay(store, "agent", seed=0)
+    for step, name in enumerate("abc", 1):
+        learn(store, step, records.example(name))
+    assert ids(replay.draw(5)) == {"a", "b", "c"}
+    store.move(move("agent@3", Stage.LIVE, Stage.ROLLED_BACK), move("agent@1", Stage.RETIRED, Stage.LIVE))
+    assert ids(replay.draw(5)) == {"a"}
+    store.move(move("agent@1", Stage.LIVE, Stage.RETIRED), move("agent@3", Stage.ROLLED_BACK, Stage.LIVE))
+    assert ids(replay.draw(5)) == {"a", "b", "c"}
+
+
+def test_an_example_that_waited_longer_than_memory_reaches_is_found_again(store: FakeStore) -> None:
+    first, revised = records.example("first"), records.example("revised")
+    store.append(first, revised, *(records.example(f"{i}") for i in range(RECENT)))
+    replay = StoreReplay(store, "agent", seed=0)
+    replay.draw(1)
+    store.append(records.example("revised#2", step_id=revised.step_id))
+    learn(store, 1, first, revised, seen=True)
+    store.append(records.example("first#2", step_id=first.step_id, chosen_ids=()))
+    assert ids(replay.draw(9)) == ids(StoreReplay(store, "agent", seed=0).draw(9)) == set()
+    learn(store, 2, records.example("revised#2", step_id=revised.step_id), seen=True)
+    assert ids(replay.draw(9)) == {"revised#2"}

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import Engine, create_engine, event, inspect, text
@@ -26,7 +27,8 @@ from gradatim.errors import StoreError
 from gradatim.store import SqlStore, open_store
 from gradatim.store.migrations import scripts
 from gradatim.store.schema import FLOATS, JSON, JSON_TUPLE, TABLES, TOKENS, metadata
-from gradatim.types import RECORDS, Feedback, Step
+from gradatim.testing.records import a_move, an_adapter
+from gradatim.types import RECORDS, AdapterId, Feedback, Move, Stage, Step
 from tests.records import feedback, step
 from tests.test_store import create_database, postgresql_socket
 
@@ -111,6 +113,49 @@ def test_migrating_an_empty_postgresql_gives_the_declared_schema(postgresql_sock
                 assert inspect(declared).get_indexes(table) == inspect(store.engines.read).get_indexes(table)
         finally:
             declared.dispose()
+
+
+def test_an_old_database_is_brought_up_to_date_with_its_contents(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        opts = {"fn": lambda revision, _: scripts()._upgrade_revs("001_initial", revision)}
+        context = MigrationContext.configure(connection, opts=opts)
+        with Operations.context(context):
+            context.run_migrations()
+        for step_number, stage in enumerate(("retired", "live", "candidate")):
+            connection.execute(
+                text("INSERT INTO stages VALUES (:id, 'agent', :step, :stage)"),
+                {"id": f"agent@{step_number}", "step": step_number, "stage": stage},
+            )
+        connection.execute(text("INSERT INTO moves VALUES (1, 'agent@0', 1.0, NULL, 'live', 'store', '\"\"')"))
+        connection.execute(text("UPDATE log_end SET log_position = 1"))
+    engine.dispose()
+    with open_store(path) as store:
+        _check_migrated_equals_declared(store.engines.read)
+        assert store.append(feedback("score")) == 2
+        store.move(
+            Move(adapter_id=AdapterId("agent@2"), created_at=2.0, before=Stage.CANDIDATE, after=Stage.LIVE, actor="x"),
+            Move(adapter_id=AdapterId("agent@1"), created_at=2.0, before=Stage.LIVE, after=Stage.RETIRED, actor="x"),
+        )
+        assert store.counts() | {"feedback": 1, "moves": 3} == store.counts()
+        assert {s: n for s, n in store.stage_counts("agent").items() if n} == {Stage.RETIRED: 2, Stage.LIVE: 1}
+
+
+def test_the_tallies_are_what_counting_gives(tmp_path: Path) -> None:
+    """Also where one of many submits of a transaction is refused."""
+    with open_store(tmp_path / "store.db") as store:
+        for number in range(4):
+            store.append(an_adapter(number))
+            if number:
+                store.move(a_move(f"agent@{number}", Stage.CANDIDATE, Stage.REJECTED))
+        futures = [store.submit(step(f"s{i % 5}", text=f"{i // 10}"), feedback("score")) for i in range(40)]
+        refused = [future.exception() for future in futures]
+        assert any(refused) and not all(refused)
+        with store.engines.read.connect() as connection:
+            for name, count in store.counts().items():
+                assert connection.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() == count, name
+        assert {s: n for s, n in store.stage_counts("agent").items() if n} == {Stage.LIVE: 1, Stage.REJECTED: 3}
 
 
 def test_there_is_one_line_of_migrations() -> None:
@@ -202,12 +247,17 @@ def test_no_read_scans_a_table(tmp_path: Path) -> None:
             lambda: store.step(chain_key="x"),
             lambda: store.episode("e"),  # type: ignore[arg-type]
             lambda: store.stages("agent"),
+            lambda: store.stages("agent", Stage.LIVE, Stage.CANDIDATE),
+            lambda: store.newest(Step, before=5),
+            lambda: store.counts(),
+            lambda: store.stage_counts("agent"),
             lambda: store.cursor("loop"),
             lambda: store.read(Step, after=5),
             *(
-                lambda k=kind, c=c: store.read(k, **{c: "x"})  # type: ignore[arg-type]
+                lambda k=kind, c=c, read=read: read(k, **{c: "x"})
                 for kind in RECORDS
                 for c in TABLES[kind].info["by"]
+                for read in (store.read, store.newest)
             ),
         ]
         for read in reads:
@@ -228,8 +278,6 @@ def test_cases_cost_a_fixed_number_of_statements(tmp_path: Path) -> None:
 
 
 def test_the_generation_rises_with_every_change_of_stage_and_with_nothing_else(tmp_path: Path) -> None:
-    from gradatim.testing.records import an_adapter
-
     with open_store(tmp_path / "store.db") as store:
         assert store.generation() == 0
         store.append(an_adapter(0))

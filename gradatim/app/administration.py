@@ -33,6 +33,14 @@ class Administration:
         self._follow()
         return report.adapters(self._store, self._config.name)
 
+    def adapter(self, adapter_id: AdapterId) -> Mapping[str, Any] | None:
+        self._follow()
+        return report.adapter(self._store, self._config.name, adapter_id)
+
+    def live(self) -> AdapterId | None:
+        self._follow()
+        return report.live_id(self._store, self._config.name)
+
     def status(self) -> Mapping[str, Any]:
         self._follow()
         told = report.learning(self._store, self._config)
@@ -47,7 +55,8 @@ class Administration:
     def rollback(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
         """Of a live or canary adapter: take it off users; after a live one, its newest ancestor that was live answers.
         Of an earlier one: take the live one off, and go back to this."""
-        name, stage = self._config.name, self._store.stages(self._config.name).get(adapter_id)
+        name = self._config.name
+        stage = self._store.stages(name, Stage.LIVE, Stage.CANARY).get(adapter_id)
         if stage is Stage.CANARY:
             self._end_canary(adapter_id, actor, reason or "rolled back")
         else:
@@ -75,5 +84,4 @@ class Administration:
     def _now(self) -> Mapping[str, Any]:
         """Durable first, then routed: when this returns, the next request goes to the adapter it names."""
         self._turn_to()
-        stages = self._store.stages(self._config.name)
-        return {"live": next((a for a, s in stages.items() if s is Stage.LIVE), None)}
+        return {"live": report.live_id(self._store, self._config.name)}

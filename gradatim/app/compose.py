@@ -49,14 +49,15 @@ def build_base(config: Config) -> Base:
 
 def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
     """``name@0``, the frozen base: written once, and never another one. ConfigError names both digests."""
-    bases = [adapter for _, adapter in store.read(Adapter, limit=1_000_000) if adapter.step == 0]
-    for adapter in bases:
+    own = [adapter for _, adapter in store.newest(Adapter, id=f"{config.name}@0")]
+    first = [adapter for _, adapter in store.read(Adapter, limit=1)]  # whatever it is named, all have one base
+    for adapter in (*own, *first):
         if adapter.base_sha256 != base_sha256:
             raise ConfigError(
                 f"{config.data_dir} was made with another base model: its digest is {adapter.base_sha256}, that of "
                 f"{config.model} is {base_sha256}. Serve the model it was made with, or give this one a --data-dir"
             )
-    if config.name in (adapter.name for adapter in bases):
+    if own:
         return
     store.append(
         Adapter(
@@ -89,14 +90,17 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.nn.render import Renderer
     from gradatim.release.gates import ReplayGate, StaticGate
     from gradatim.reward import WeightedReward
+    from gradatim.skills import PromptSkills
 
     scorer = TorchScorer(base, config.learner, config.data_dir)
+    renderer = Renderer(base)
+    skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
     return Loop(
         name=config.name,
         store=store,
         reward_model=WeightedReward(config.reward),
         credit=OutcomeCredit(config.reward),
-        examples=ExampleBuilder(store, Renderer(base), retain_every=config.learner.retain_every),
+        examples=ExampleBuilder(store, renderer, retain_every=config.learner.retain_every, skills=skills),
         replay=StoreReplay(store, config.name, config.learner.seed),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name),
         gates={Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))},

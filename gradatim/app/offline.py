@@ -61,7 +61,7 @@ def ask(config: Config, method: str, path: str, body: Mapping[str, Any] | None) 
 def newest_feedback(config: Config, limit: int) -> list[dict[str, Any]]:
     """Every revision counts, newest first. ConfigError where the data directory holds no records."""
     with _existing(config) as store:
-        return [report.feedback_row(f) for f in report.newest(store, Feedback, limit)]
+        return [report.feedback_row(f) for _, f in store.newest(Feedback, limit=limit)]
 
 
 def _existing(config: Config) -> SqlStore:

@@ -6,8 +6,8 @@ Reads the store and changes nothing. It knows neither HTTP nor a model, so it an
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from gradatim.config import Config
@@ -30,42 +30,34 @@ from gradatim.types import (
 
 R = TypeVar("R", bound=Record)
 Json = dict[str, Any]
-_ALL = 1_000_000
+MOST_ADAPTERS = 1000  # in one list
 _MOST_CASES = 1000  # unjudged episodes that are counted
 
 
-def newest(store: SqlStore, kind: type[R], limit: int) -> list[R]:
-    """The last records of a kind, newest first, in a few small reads however long the log is."""
-    end = store.end()
-    window = 4 * limit
-    while True:
-        rows = [r for _, r in store.read(kind, after=max(0, end - window), limit=window)]
-        if len(rows) >= limit or window >= end:
-            return rows[::-1][:limit]
-        window *= 4
+def adapters(store: SqlStore, name: str, limit: int = MOST_ADAPTERS) -> list[Json]:
+    """The newest versions of a name, oldest first, each with its stage, what made it, what judged it and every move.
+    The live one is among them, however old it is."""
+    found = [a for _, a in store.newest(Adapter, name=name, limit=limit)][::-1]
+    live = live_id(store, name)
+    if live is not None and all(a.id != live for a in found):
+        found = [a for _, a in store.newest(Adapter, id=live)] + found
+    return [_story(store, a) for a in found]
 
 
-def adapters(store: SqlStore, name: str) -> list[Json]:
-    """Every version of a name, oldest first, with its stage, what made it, what judged it and every move."""
-    stages = store.stages(name)
-    updates = {u.id: u for _, u in store.read(Update, limit=_ALL)}
-    verdicts = _by_adapter(v for _, v in store.read(Verdict, limit=_ALL))
-    moves = _by_adapter(m for _, m in store.read(Move, limit=_ALL))
-    return [
-        _adapter(a, stages[a.id], updates.get(a.update_id), verdicts[a.id], moves[a.id])
-        for _, a in store.read(Adapter, limit=_ALL, name=name)
-        if a.id in stages
-    ]
+def adapter(store: SqlStore, name: str, adapter_id: AdapterId) -> Json | None:
+    """One version; None where there is no such one of that name."""
+    found = [a for _, a in store.newest(Adapter, id=adapter_id) if a.name == name]
+    return _story(store, found[0]) if found else None
 
 
-V = TypeVar("V", Verdict, Move)
+def live_id(store: SqlStore, name: str) -> AdapterId | None:
+    return next(iter(store.stages(name, Stage.LIVE)), None)
 
 
-def _by_adapter(records: Iterable[V]) -> Mapping[AdapterId, list[V]]:
-    out: dict[AdapterId, list[V]] = defaultdict(list)
-    for record in records:
-        out[record.adapter_id].append(record)
-    return out
+def _story(store: SqlStore, adapter: Adapter) -> Json:
+    moves = [m for _, m in store.read(Move, adapter_id=adapter.id)]
+    update = next((u for _, u in store.newest(Update, id=adapter.update_id)), None) if adapter.update_id else None
+    return _adapter(adapter, moves[-1].after, update, [v for _, v in store.read(Verdict, adapter_id=adapter.id)], moves)
 
 
 def _adapter(
@@ -142,23 +134,24 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
 
     ``learning`` is true while there is work that the loop is at, or will take up by itself at once.
     """
-    stages, records = store.stages(config.name), store.counts()
-    live = next((a for a, s in stages.items() if s is Stage.LIVE), None)
-    rewards, updates = newest(store, Reward, recent), newest(store, Update, recent)
+    stages, records = store.stage_counts(config.name), store.counts()
+    live = live_id(store, config.name)
+    rewards, updates = _newest(store, Reward, recent), _newest(store, Update, recent)
     abstained = [r for r in rewards if r.value is None]
     unjudged = len(store.cases(after=store.cursor(JUDGED), limit=_MOST_CASES))
     waiting = _waiting(store)
     ripe = live is not None and is_ripe(waiting, live, config.learner, time.time())
-    applied = sum(not a.endswith("@0") for a in stages)  # an update that was applied made one adapter
+    adapters = sum(stages.values())
+    applied = max(0, adapters - 1)  # an update that was applied made one adapter; step 0 is the base
     return {
         "live": live,
-        "learning": bool(unjudged or ripe or any(s in ON_THE_WAY for s in stages.values())),
+        "learning": bool(unjudged or ripe or any(stages[s] for s in ON_THE_WAY)),
         "waiting_feedback": unjudged,
         "waiting_examples": len(waiting),
         "updates_applied": applied,
         "updates_refused": records["updates"] - applied,
-        "candidates_refused": sum(s is Stage.REJECTED for s in stages.values()),
-        "adapters": len(stages),
+        "candidates_refused": stages[Stage.REJECTED],
+        "adapters": adapters,
         "records": records,
         "judged_recently": len(rewards),
         "abstained_recently": len(abstained),
@@ -166,8 +159,13 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
         "updates_recently": len(updates),
         "applied_recently": sum(u.applied for u in updates),
         "last_update": update_row(updates[0]) if updates else None,
-        "refused_recently": _refusals(updates, newest(store, Verdict, recent)),
+        "refused_recently": _refusals(updates, _newest(store, Verdict, recent)),
     }
+
+
+def _newest(store: SqlStore, kind: type[R], limit: int) -> list[R]:
+    """Newest first."""
+    return [record for _, record in store.newest(kind, limit=limit)]
 
 
 def _waiting(store: SqlStore) -> Sequence[Example]:
@@ -180,17 +178,23 @@ def _waiting(store: SqlStore) -> Sequence[Example]:
 class Latencies:
     """How long feedback took to reach users: from its arrival to the first adapter that learned from it going live.
 
-    Keeps what it has worked out, since it never changes.
+    Keeps what it has worked out, since it never changes. The first look goes back ``look_back`` changes of stage, and
+    takes the adapters of that time for the first ones that learned from their feedback.
     """
 
-    def __init__(self, store: SqlStore, most: int = 2000) -> None:
+    def __init__(self, store: SqlStore, most: int = 2000, look_back: int = 256) -> None:
         self._store = store
-        self._seen = 0  # store position
-        self._known: set[str] = set()  # feedback ids
+        self._look_back = look_back
+        self._seen = -1  # store position
+        self._known: OrderedDict[str, None] = OrderedDict()  # feedback ids, the last ones
+        self._most_known = 16 * most
         self._latencies_s: deque[float] = deque(maxlen=most)
 
     def newest(self) -> list[float]:
         """In seconds, the last ones, in the order in which they went live."""
+        if self._seen < 0:
+            first = self._store.newest(Move, limit=self._look_back)
+            self._seen = first[-1][0] - 1 if first else 0
         while moves := self._store.read(Move, after=self._seen):
             for self._seen, move in moves:
                 if move.after is Stage.LIVE and move.before in ON_THE_WAY:
@@ -199,11 +203,14 @@ class Latencies:
 
     def _add(self, move: Move) -> None:
         for _, update in self._store.read(Update, adapter_id=move.adapter_id):
-            examples = [e for i in update.example_ids for _, e in self._store.read(Example, id=i)]
-            fresh = {f for e in examples for f in e.feedback_ids} - self._known
-            self._known |= fresh
-            for _, opinion in (row for i in sorted(fresh) for row in self._store.read(Feedback, id=i, limit=1)):
-                self._latencies_s.append(round(move.created_at - opinion.created_at, 3))
+            examples = [e for i in update.example_ids for _, e in self._store.newest(Example, id=i)]
+            fresh = {f for e in examples for f in e.feedback_ids if f not in self._known}
+            for i in sorted(fresh):
+                self._known[i] = None
+                for _, opinion in self._store.read(Feedback, id=i, limit=1):
+                    self._latencies_s.append(round(move.created_at - opinion.created_at, 3))
+        while len(self._known) > self._most_known:
+            self._known.popitem(last=False)
 
 
 def _refusals(updates: Sequence[Update], verdicts: Sequence[Verdict]) -> list[Json]:
@@ -225,7 +232,7 @@ def decision(store: SqlStore, name: str, after: int) -> Json:
     """The update made after a position, and what became of it: its verdicts, and the stage its adapter reached."""
     made = store.read(Update, after=after, limit=1)
     update = made[0][1] if made else None
-    row = next((a for a in adapters(store, name) if update and a["id"] == update.adapter_id), None)
+    row = adapter(store, name, update.adapter_id) if update and update.adapter_id else None
     return {
         "update": update_row(update) if update else None,
         "verdicts": row["verdicts"] if row else [],

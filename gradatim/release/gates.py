@@ -18,6 +18,7 @@ from scipy import stats
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError
 from gradatim.protocols import Scorer, Store
+from gradatim.release.cases import Cases
 from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
 
 
@@ -68,7 +69,6 @@ class StaticGate:
         return ""
 
 
-ENOUGH = 12  # cases of a skill; with fewer retained ones, answers that were trained on fill up
 DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
 
 
@@ -152,11 +152,10 @@ class ReplayGate:
         self, store: Store, scorer: Scorer, config: GateConfig, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._store, self._scorer, self._config, self._clock = store, scorer, config, clock
-        self._cases: dict[str, Example] = {}  # by step: the newest revision
-        self._seen = 0  # store position
+        self._cases = Cases(store, config.max_cases)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
-        cases = self.cases(exclude=self._trained_by(candidate))
+        cases = self._cases.choose(exclude=self._trained_by(candidate))
         evidence: dict[str, float] = {"cases": len(cases)}
         reasons = []
         decision = Decision.PASS
@@ -175,6 +174,7 @@ class ReplayGate:
                     decision = max(decision, found, key=_GRAVITY.index)
                     if problem:
                         reasons.append(f"{skill} against {label}: {problem}")
+            evidence |= _chances(cases, scores[candidate.id])
             found, problem = common_harm(gained(cases, scores[candidate.id], scores[live.id]), self._config)
             decision = max(decision, found, key=_GRAVITY.index)
             if problem:
@@ -194,29 +194,6 @@ class ReplayGate:
             return "no verified good answers yet to compare on: the static checks carry the decision"
         return f"no skill worse than live or anchor on {len(cases)} known good answers"
 
-    def cases(self, exclude: frozenset[str] = frozenset()) -> Sequence[Example]:
-        """Verified good answers, newest first, an equal share for each skill: retained ones, filled up to ``ENOUGH``
-        with ones that were trained on. The live adapter knows those by heart, so that any change looks like a loss.
-
-        ``exclude`` are the examples of the very update under test: it must not be its own witness.
-        """
-        self._refresh()
-        skills: dict[str, list[Example]] = defaultdict(list)
-        share = max(1, self._config.max_cases // max(1, len({e.skill for e in self._cases.values()})))
-        for example in sorted(self._cases.values(), key=lambda e: (not e.retained, -e.position, e.id)):
-            most = share if example.retained else min(share, ENOUGH)
-            if example.id not in exclude and len(skills[example.skill]) < most:
-                skills[example.skill].append(example)
-        return [e for _, found in sorted(skills.items()) for e in found]
-
-    def _refresh(self) -> None:
-        while page := self._store.read(Example, after=self._seen):
-            self._seen = page[-1][0]
-            for _, example in page:
-                self._cases.pop(example.step_id, None)
-                if example.verified and example.chosen_ids:
-                    self._cases[example.step_id] = example
-
     def _trained_by(self, candidate: Adapter) -> frozenset[str]:
         found = self._store.read(Update, id=candidate.update_id)
         return frozenset(found[-1][1].example_ids) if found else frozenset()
@@ -227,6 +204,12 @@ def _by_skill(cases: Sequence[Example]) -> Mapping[str, list[int]]:
     for i, case in enumerate(cases):
         rows[case.skill].append(i)
     return rows
+
+
+def _chances(cases: Sequence[Example], scores: Sequence[CaseScore]) -> Mapping[str, float]:
+    """Of each skill, how likely the adapter is to give a known good answer; replay goes by it."""
+    chances = [chance(score, len(case.chosen_ids)) for case, score in zip(cases, scores, strict=True)]
+    return {f"{s}.chance": round(sum(chances[i] for i in rows) / len(rows), 3) for s, rows in _by_skill(cases).items()}
 
 
 def _numbers(pairs: Pairs) -> dict[str, float]:

@@ -11,8 +11,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import ChainMap, OrderedDict
+from collections.abc import Mapping, Sequence
 
 from gradatim.config import Config, TrafficConfig
 from gradatim.errors import GradatimError, TransitionError, UnknownAdapterError
@@ -32,10 +32,11 @@ class Traffic:
         self._store, self._engine = store, engine
         self._name: str = config.name
         self._config: TrafficConfig = config.traffic
-        self._adapters: dict[AdapterId, Adapter] = {}
-        self._stages: Mapping[AdapterId, Stage] = {}
+        self._adapters: dict[AdapterId, Adapter] = {}  # those that were asked for
+        self._stages: dict[AdapterId, Stage] = {}
+        self._answering: Sequence[AdapterId] = ()  # in live or canary
         self._live: AdapterId | None = None
-        self._seen = 0  # store position
+        self._seen = -1  # store position of the newest Move; before the first refresh there is none
         self._pins: OrderedDict[EpisodeId, AdapterId] = OrderedDict()
         self._refreshing = asyncio.Lock()
         self.failed_loads = 0
@@ -71,7 +72,7 @@ class Traffic:
 
     def _toss(self, episode_id: EpisodeId, live: AdapterId) -> tuple[AdapterId, float]:
         """Arms and shares are ordered, so that the same episode gets the same arm while these stay as they are."""
-        canary = next((a for a, s in self._stages.items() if s is Stage.CANARY), None)
+        canary = next((a for a in self._answering if self._stages[a] is Stage.CANARY), None)
         previous = self._before(live)
         arms = [(canary, self._config.canary_share), (previous, self._config.holdback_share)]
         coin = int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
@@ -91,26 +92,43 @@ class Traffic:
 
     async def _find(self, adapter_id: AdapterId, model: str) -> Adapter:
         if adapter_id not in self._adapters:
-            await self.refresh()
+            for _, adapter in await asyncio.to_thread(self._store.newest, Adapter, id=adapter_id):
+                self._adapters[adapter_id] = adapter
         if adapter_id not in self._adapters:
             raise UnknownAdapterError(f"no model {model!r}: use {self._name!r}, or {self._name}@STEP for one version")
         return self._adapters[adapter_id]
 
     async def refresh(self) -> None:
-        """Look at the stages; load what became live before turning to it. A failed load keeps the old one."""
+        """Look at the stages that changed; load what became live before turning to it. A failed load keeps the old
+        one, and is tried again at the next look."""
         async with self._refreshing:
-            while page := await asyncio.to_thread(self._store.read, Adapter, after=self._seen):
-                self._adapters |= {adapter.id: adapter for _, adapter in page}
-                self._seen = page[-1][0]
-            stages = await asyncio.to_thread(self._store.stages, self._name)
-            for adapter_id, stage in stages.items():
-                if stage in (Stage.LIVE, Stage.CANARY) and adapter_id not in self._engine.loaded():
-                    await self._engine.load(self._adapters[adapter_id])
-            self._stages = stages
-            self._live = next((a for a, s in stages.items() if s is Stage.LIVE), self._live)
+            seen, changed = await asyncio.to_thread(self._changed)
+            stages = ChainMap(changed, self._stages)
+            among = dict.fromkeys((*self._answering, *changed))
+            answering = [a for a in among if stages.get(a) in (Stage.LIVE, Stage.CANARY)]
+            for adapter_id in answering:
+                adapter = await self._find(adapter_id, adapter_id)
+                if adapter_id not in self._engine.loaded():
+                    await self._engine.load(adapter)
+            self._seen = seen
+            self._stages.update(changed)
+            self._answering = answering
+            self._live = next((a for a in answering if self._stages[a] is Stage.LIVE), self._live)
             for adapter_id in self._engine.loaded():
-                if stages.get(adapter_id) in (Stage.REJECTED, Stage.ROLLED_BACK):
+                if self._stages.get(adapter_id) in (Stage.REJECTED, Stage.ROLLED_BACK):
                     await self._engine.unload(adapter_id)
+
+    def _changed(self) -> tuple[int, dict[AdapterId, Stage]]:
+        """(position of the newest Move, stages that changed since the last look, all of them at the first)."""
+        if self._seen < 0:
+            seen = max((position for position, _ in self._store.newest(Move)), default=0)
+            return seen, dict(self._store.stages(self._name))  # read after: a later Move is only seen twice
+        seen = self._seen
+        changed: dict[AdapterId, Stage] = {}
+        while page := self._store.read(Move, after=seen):
+            seen = page[-1][0]
+            changed |= {m.adapter_id: m.after for _, m in page if m.adapter_id.rpartition("@")[0] == self._name}
+        return seen, changed
 
     async def watch(self) -> None:
         """Refresh for ever. An adapter that cannot be loaded is logged and counted, and the old one goes on."""

@@ -32,7 +32,13 @@ class Admin(Protocol):
     """What the server needs of the rest of the system. Methods may block; they are called in a thread."""
 
     def adapters(self) -> Sequence[Mapping[str, Any]]:
-        """All adapters, oldest first, each with at least id, stage, step, parent, created_at, update and verdicts."""
+        """The newest adapters and the live one, oldest first, each with at least id, stage, step, parent, created_at,
+        update and verdicts."""
+
+    def adapter(self, adapter_id: AdapterId) -> Mapping[str, Any] | None:
+        """One of them, however old; None where there is none of that id."""
+
+    def live(self) -> AdapterId | None: ...
 
     def rollback(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
         """Take this live or canary adapter off users; what was live before it answers the next request.
@@ -69,10 +75,12 @@ class AdminRoutes:
 
     async def get_model(self, request: Request) -> Response:
         wanted = request.path_params["id"]
-        for model in await self._models():
-            if model["id"] == wanted:
-                return json_response(model)
-        raise ApiError(404, f"the model {wanted!r} does not exist", param="model", code="model_not_found")
+        if wanted == self._name:
+            return json_response(self._routed(await asyncio.to_thread(self._admin.live)))
+        row = await self._find(wanted)
+        if row is None:
+            raise ApiError(404, f"the model {wanted!r} does not exist", param="model", code="model_not_found")
+        return json_response(self._pinned(row))
 
     async def list_adapters(self, request: Request) -> Response:
         rows = await self._rows()
@@ -107,7 +115,7 @@ class AdminRoutes:
         return json_response({"status": "ok" if ready else "not ready", **words}, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        live = _live(await self._rows())
+        live = await asyncio.to_thread(self._admin.live)
         if live:
             self._metrics.live_step.set(int(live.rpartition("@")[2] or 0))
         return Response(self._metrics.render(), media_type=CONTENT_TYPE_LATEST)
@@ -138,28 +146,33 @@ class AdminRoutes:
         return rows
 
     async def _row(self, adapter_id: str) -> dict[str, Any]:
-        for row in await self._rows():
-            if row["id"] == adapter_id:
-                return row
-        raise ApiError(404, f"the adapter {adapter_id!r} does not exist", param="id", code="not_found")
+        row = await self._find(adapter_id)
+        if row is None:
+            raise ApiError(404, f"the adapter {adapter_id!r} does not exist", param="id", code="not_found")
+        return row
+
+    async def _find(self, adapter_id: str) -> dict[str, Any] | None:
+        row: dict[str, Any] | None = plain(await asyncio.to_thread(self._admin.adapter, AdapterId(adapter_id)))
+        return row
 
     async def _models(self) -> list[dict[str, Any]]:
-        """The routed name, then every version that can be pinned."""
+        """The routed name, then the versions that can be pinned, as far as they are listed."""
         rows = await self._rows()
+        return [self._routed(_live(rows)), *map(self._pinned, rows)]
+
+    def _routed(self, live: str | None) -> dict[str, Any]:
         began_at = int(self._began_at)
-        routed = {"id": self._name, "object": "model", "created": began_at, "owned_by": "gradatim", "root": _live(rows)}
-        pinned = [
-            {
-                "id": row["id"],
-                "object": "model",
-                "created": int(row.get("created_at") or began_at),
-                "owned_by": "gradatim",
-                "parent": row.get("parent"),
-                "stage": row["stage"],
-            }
-            for row in rows
-        ]
-        return [routed, *pinned]
+        return {"id": self._name, "object": "model", "created": began_at, "owned_by": "gradatim", "root": live}
+
+    def _pinned(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "id": row["id"],
+            "object": "model",
+            "created": int(row.get("created_at") or self._began_at),
+            "owned_by": "gradatim",
+            "parent": row.get("parent"),
+            "stage": row["stage"],
+        }
 
 
 def _live(rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -1,4 +1,4 @@
-"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, and three that are not records.
+"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, and four that are not records.
 
 A column has the name of the field it keeps. ``log_position`` is the record's place in the log, unique and rising over
 all tables (``position`` is a field of some records: the newest feedback they rest on). Three ways to keep a value:
@@ -297,7 +297,16 @@ stages = Table(
     Column("step", BigInteger, nullable=False),
     Column("stage", Text, nullable=False),
     Index("ix_stages_name", "name", "step"),
+    Index("ix_stages_name_stage", "name", "stage", "step"),
     # the last line of defence: the rules are checked, with better messages, before a row is written
     Index("ux_stages_live", "name", unique=True, sqlite_where=_LIVE, postgresql_where=_LIVE),
     Index("ux_stages_on_the_way", "name", unique=True, sqlite_where=_ON_THE_WAY, postgresql_where=_ON_THE_WAY),
+)
+
+tallies = Table(  # what would take longer to count the longer the log is; kept in the transaction that changes it
+    "tallies",
+    metadata,
+    Column("name", Text, primary_key=True),  # of an agent; empty for records of all of them
+    Column("what", Text, primary_key=True),  # a table of records, or a stage
+    Column("count", BigInteger, nullable=False),
 )

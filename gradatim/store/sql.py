@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Table, func, select
+from sqlalchemy import ColumnElement, Connection, RowMapping, Table, func, select, true
 
 from gradatim.errors import StoreError
 from gradatim.store import schema
@@ -119,16 +119,26 @@ class SqlStore:
     def read(self, kind: type[R], *, after: int = 0, limit: int = 1000, **where: str) -> Sequence[tuple[int, R]]:
         """Columns that can be compared: see ``by`` in ``store/schema.py``. StoreError for another one."""
         table = schema.TABLES[kind]
+        return self._select(kind, where, table.c.log_position > after, table.c.log_position, limit)
+
+    def newest(self, kind: type[R], *, before: int = 0, limit: int = 1, **where: str) -> Sequence[tuple[int, R]]:
+        """As ``read``, from the end backwards."""
+        table = schema.TABLES[kind]
+        place = table.c.log_position < before if before > 0 else true()
+        return self._select(kind, where, place, table.c.log_position.desc(), limit)
+
+    def _select(
+        self, kind: type[R], where: Mapping[str, str], place: ColumnElement[bool], order: ColumnElement[Any], limit: int
+    ) -> Sequence[tuple[int, R]]:
+        table = schema.TABLES[kind]
         if unknown := where.keys() - table.info["by"]:
             known = ", ".join(sorted(table.info["by"]))
             raise StoreError(f"{kind.__name__} has no index on {', '.join(sorted(unknown))}; it can be read by {known}")
         if not all(map(storable, where.values())):
             return []
-        query = select(table).where(
-            table.c.log_position > after, *(table.c[name] == key for name, key in where.items())
-        )
+        query = select(table).where(place, *(table.c[name] == key for name, key in where.items()))
         with self._reading() as connection:
-            rows = connection.execute(query.order_by(table.c.log_position).limit(max(0, limit))).mappings().all()
+            rows = connection.execute(query.order_by(order).limit(max(0, limit))).mappings().all()
         return [to_record(kind, row) for row in rows]
 
     def episode(self, episode_id: EpisodeId) -> Episode | None:
@@ -189,10 +199,12 @@ class SqlStore:
             position = connection.scalar(select(schema.cursors.c.position).where(schema.cursors.c.name == name))
         return position or 0
 
-    def stages(self, name: str) -> Mapping[AdapterId, Stage]:
+    def stages(self, name: str, *among: Stage) -> Mapping[AdapterId, Stage]:
         """In the order of their steps."""
         table = schema.stages
         query = select(table.c.adapter_id, table.c.stage).where(table.c.name == name).order_by(table.c.step)
+        if among:
+            query = query.where(table.c.stage.in_([stage.value for stage in among]))
         with self._reading() as connection:
             return {AdapterId(row.adapter_id): Stage(row.stage) for row in connection.execute(query)}
 
@@ -209,12 +221,20 @@ class SqlStore:
             return connection.scalar(select(schema.log_end.c.log_position)) or 0
 
     def counts(self) -> dict[str, int]:
-        """Records by table. Counts them all: for people and slow polls."""
+        """Records by table."""
+        found = self._tallies("")
+        return {table.name: found.get(table.name, 0) for table in schema.TABLES.values()}
+
+    def stage_counts(self, name: str) -> Mapping[Stage, int]:
+        """How many adapters of that name are in each stage."""
+        found = self._tallies(name)
+        return {stage: found.get(stage.value, 0) for stage in Stage}
+
+    def _tallies(self, name: str) -> Mapping[str, int]:
+        table = schema.tallies
         with self._reading() as connection:
-            return {
-                table.name: connection.scalar(select(func.count()).select_from(table)) or 0
-                for table in schema.TABLES.values()
-            }
+            rows = connection.execute(select(table.c.what, table.c["count"]).where(table.c.name == name)).all()
+        return {row[0]: row[1] for row in rows}
 
 
 def _rows_of(connection: Connection, table: Table, episode_ids: Sequence[str]) -> list[RowMapping]:

@@ -10,6 +10,7 @@ Knows nothing of threads, batches and futures.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,18 +75,32 @@ class Transaction:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self.end: int = connection.execute(_END).scalar_one()
+        self._end: int = connection.execute(_END).scalar_one()
+        self._tally: Counter[tuple[str, str]] = Counter()  # (name, what) -> change
 
     def close(self) -> None:
-        """Write down where the log ends now. To be called once, before the commit."""
-        self._connection.execute(_SET_END, {"end": self.end})
+        """Write down where the log ends now, and how much is in it. To be called once, before the commit."""
+        self._connection.execute(_SET_END, {"end": self._end})
+        statement = self._upsert(schema.tallies)
+        total = schema.tallies.c["count"] + statement.excluded["count"]
+        statement = statement.on_conflict_do_update(index_elements=["name", "what"], set_={"count": total})
+        changes = [{"name": name, "what": what, "count": n} for (name, what), n in sorted(self._tally.items()) if n]
+        if changes:
+            self._connection.execute(statement, changes)
+
+    def mark(self) -> object:
+        """What ``back_to`` needs when the database has been rolled back to where it is now."""
+        return self._end, self._tally.copy()
+
+    def back_to(self, mark: Any) -> None:
+        self._end, self._tally = mark
 
     def apply(self, job: Job) -> int:
         """The position of the last record of the job, or of the record that it repeats."""
         positions = [self._write(record, row) for record, row in job.rows]
         positions += self._move(job.moves)
         self._set_cursors(job.cursors)
-        return max(positions, default=self.end)
+        return max(positions, default=self._end)
 
     # -------------------------------------------------------------------------------------------- records
 
@@ -102,9 +117,10 @@ class Transaction:
         return self._insert(record, row)
 
     def _insert(self, record: Record, row: Row) -> int:
-        self.end += 1
-        self._connection.execute(_INSERTS[type(record)], {"log_position": self.end, **row})
-        return self.end
+        self._end += 1
+        self._connection.execute(_INSERTS[type(record)], {"log_position": self._end, **row})
+        self._tally["", schema.TABLES[type(record)].name] += 1
+        return self._end
 
     def _find(self, record: Feedback | Step | Adapter) -> RowMapping | None:
         return self._connection.execute(_NEWEST[type(record)], {"id": record.id}).mappings().first()
@@ -145,6 +161,7 @@ class Transaction:
             insert(schema.stages),
             {"adapter_id": adapter.id, "name": adapter.name, "step": adapter.step, "stage": stage.value},
         )
+        self._tally[adapter.name, stage.value] += 1
         move = Move(
             adapter_id=adapter.id,
             created_at=adapter.created_at,
@@ -217,6 +234,8 @@ class Transaction:
             )
         self._refuse_second(move.adapter_id, name, move.after)
         self._connection.execute(_SET_STAGE, {"id": move.adapter_id, "after": move.after.value})
+        self._tally[name, stage.value] -= 1
+        self._tally[name, move.after.value] += 1
         return name
 
     # --------------------------------------------------------------------------------------------- cursors
@@ -224,9 +243,11 @@ class Transaction:
     def _set_cursors(self, cursors: Mapping[str, int]) -> None:
         if not cursors:
             return
-        upsert = sqlite_insert if self._connection.dialect.name == "sqlite" else postgresql_insert
-        statement = upsert(schema.cursors)
+        statement = self._upsert(schema.cursors)
         statement = statement.on_conflict_do_update(
             index_elements=["name"], set_={"position": statement.excluded.position}
         )
         self._connection.execute(statement, [{"name": name, "position": at} for name, at in sorted(cursors.items())])
+
+    def _upsert(self, table: Any) -> Any:
+        return sqlite_insert(table) if self._connection.dialect.name == "sqlite" else postgresql_insert(table)

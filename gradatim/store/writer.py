@@ -129,7 +129,7 @@ class Writer:
 
     def _apply(self, connection: Connection, transaction: Transaction, job: Job) -> int | StoreError:
         """The job's position, or why it was refused; then it has left no trace."""
-        end = transaction.end
+        mark = transaction.mark()
         connection.exec_driver_sql("SAVEPOINT job")
         try:
             position = transaction.apply(job)
@@ -145,5 +145,5 @@ class Writer:
             return position
         connection.exec_driver_sql("ROLLBACK TO SAVEPOINT job")
         connection.exec_driver_sql("RELEASE SAVEPOINT job")
-        transaction.end = end
+        transaction.back_to(mark)
         return refusal

@@ -286,11 +286,19 @@ class FakeStore:
     # --------------------------------------------------------------------------------------------- reading
 
     def read(self, kind: type[R], *, after: int = 0, limit: int = 1000, **where: str) -> Sequence[tuple[int, R]]:
+        with self._lock:
+            return self._find(kind, self._comparable(kind, where), after)[: max(0, limit)]
+
+    def newest(self, kind: type[R], *, before: int = 0, limit: int = 1, **where: str) -> Sequence[tuple[int, R]]:
+        with self._lock:
+            found = self._find(kind, self._comparable(kind, where))
+            return [row for row in reversed(found) if before <= 0 or row[0] < before][: max(0, limit)]
+
+    def _comparable(self, kind: type[R], where: Mapping[str, str]) -> Mapping[str, str]:
         known = {field.name for field in fields(kind)} & _COLUMNS
         if unknown := where.keys() - known:
             raise StoreError(f"{kind.__name__} has no index on {', '.join(sorted(unknown))}")
-        with self._lock:
-            return self._find(kind, where, after)[: max(0, limit)]
+        return where
 
     def _find(self, kind: type[R], where: Mapping[str, str], after: int = 0) -> list[tuple[int, R]]:
         after = max(0, after)
@@ -330,6 +338,7 @@ class FakeStore:
     def cursor(self, name: str) -> int:
         return self._cursors.get(name, 0)
 
-    def stages(self, name: str) -> Mapping[AdapterId, Stage]:
+    def stages(self, name: str, *among: Stage) -> Mapping[AdapterId, Stage]:
         with self._lock:
-            return {adapter: stage for adapter, stage in self._stages.items() if adapter.rpartition("@")[0] == name}
+            own = {adapter: stage for adapter, stage in self._stages.items() if adapter.rpartition("@")[0] == name}
+        return {adapter: stage for adapter, stage in own.items() if not among or stage in among}

@@ -22,6 +22,7 @@ from gradatim.errors import ConflictError, StoreError, TransitionError
 from gradatim.protocols import Store
 from gradatim.testing.records import a_feedback, a_move, a_step, a_verdict, an_adapter, one_of_each
 from gradatim.types import (
+    ON_THE_WAY,
     RECORDS,
     Adapter,
     AdapterId,
@@ -128,6 +129,23 @@ def check_reading_by_position_limit_and_column(open_store: OpenStore) -> None:
         assert by_chain is not None and by_chain.id == "s7", "the newest step of a chain key was not found"
         assert store.step(id=StepId("unknown")) is None
         assert store.step(chain_key="") is None, "an empty chain key is no chain key"
+
+
+def check_the_newest_come_first(open_store: OpenStore) -> None:
+    with open_store("newest") as store:
+        assert list(store.newest(Step)) == []
+        for i in range(10):
+            store.append(a_step(f"s{i}", f"e{i % 2}"), a_feedback(f"f{i}"))
+        backwards = list(store.read(Step))[::-1]
+        assert list(store.newest(Step)) == backwards[:1]
+        assert list(store.newest(Step, limit=100)) == backwards
+        assert list(store.newest(Step, before=backwards[3][0], limit=4)) == backwards[4:8]
+        assert list(store.newest(Step, before=1)) == []
+        assert [step.id for _, step in store.newest(Step, episode_id="e0", limit=2)] == ["s8", "s6"]
+        assert list(store.newest(Step, episode_id="\0")) == []
+        assert list(store.newest(Step, limit=0)) == []
+        with _refused(StoreError, by="a column that does not exist"):
+            store.newest(Step, no_such_column="x")
 
 
 def check_a_submit_is_all_or_nothing(open_store: OpenStore) -> None:
@@ -313,6 +331,12 @@ def check_stages_move_with_what_justified_it(open_store: OpenStore) -> None:
             "agent@2": Stage.REJECTED,
             "agent@3": Stage.CANDIDATE,
         }
+        assert store.stages("agent", Stage.LIVE) == {"agent@0": Stage.LIVE}
+        assert store.stages("agent", *ON_THE_WAY, Stage.REJECTED) == {
+            "agent@2": Stage.REJECTED,
+            "agent@3": Stage.CANDIDATE,
+        }
+        assert store.stages("agent", Stage.SHADOW) == {}
 
 
 def check_illegal_transitions_write_nothing(open_store: OpenStore) -> None:
@@ -411,6 +435,7 @@ def check_two_openings_see_each_other(open_store: OpenStore) -> None:
 STORE_CHECKS: Sequence[Check] = (
     check_every_kind_of_record_comes_back_equal,
     check_reading_by_position_limit_and_column,
+    check_the_newest_come_first,
     check_a_submit_is_all_or_nothing,
     check_one_refused_submit_fails_no_other,
     check_feedback_is_idempotent_revised_and_retracted,
