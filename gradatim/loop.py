@@ -38,7 +38,7 @@ def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig,
     """Whether an update should be made of these: they show enough good answers, or the oldest one has waited its time
     and there is something to replay beside them. A handful alone moves the weights at random, and bad answers alone
     teach nothing but to say something else."""
-    good = [e for e in examples if e.chosen_ids]
+    good = [e for e in examples if e.instructive]
     if len(good) >= config.min_examples:
         return True
     waited_s = now - min((e.created_at for e in good), default=now)
@@ -116,8 +116,8 @@ class Loop:
                 break
             cursor = position
             newest.pop(example.step_id, None)
-            is_alone = not example.chosen_ids
-            if usable and not (is_alone and sum(not e.chosen_ids for e in newest.values()) >= alone):
+            is_alone = not example.instructive
+            if usable and not (is_alone and sum(not e.instructive for e in newest.values()) >= alone):
                 newest[example.step_id] = example
         return cursor, list(newest.values())
 

@@ -181,15 +181,14 @@ def hindsight(student: Tensor, teacher: Tensor, cap: float = 2.0) -> Tensor:
 
 def self_distillation(logprobs: Tensor, teacher: Tensor, weights: Tensor | None = None, cap: float = 2.0) -> Tensor:
     """Hindsight self-distillation (SDPO, arXiv:2601.20802; SDFT, Shenfeld 2026, arXiv:2601.19897) on the student's own
-    sampled tokens: (..., T) -> (...,), a weighted mean over tokens.
+    sampled tokens, summed over them: (..., T) -> (...,).
 
     ``teacher`` are their log-probabilities under frozen weights with privileged context (a comment, the better answer)
-    in the prompt. ``- mean_t A_t log p_t`` with A = ``hindsight``, whose gradient is, up to the clipping, an unbiased
-    estimate of that of KL(student || teacher) while the tokens are draws from the student. It vanishes where both
+    in the prompt. ``- sum_t w_t A_t log p_t`` with A = ``hindsight``: while the tokens are draws from the student and
+    nothing is clipped, its gradient is an unbiased estimate of that of KL(student || teacher). It vanishes where both
     agree, so a single example pulls no further than to the teacher.
     """
-    gain = hindsight(logprobs, teacher, cap) * logprobs
-    return -total(gain, weights) / (gain.shape[-1] if weights is None else weights.sum(-1))
+    return -total(hindsight(logprobs, teacher, cap) * logprobs, weights)
 
 
 # ---------------------------------------------------------------------------------------------- divergences
