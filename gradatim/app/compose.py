@@ -96,7 +96,12 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
         store=store,
         reward_model=WeightedReward(config.reward),
         credit=OutcomeCredit(config.reward),
-        examples=ExampleBuilder(store, Renderer(base), retain_every=config.learner.retain_every),
+        examples=ExampleBuilder(
+            store,
+            Renderer(base),
+            retain_every=config.learner.retain_every,
+            hint_corrections=config.learner.losses.correction == "self_distillation",
+        ),
         replay=StoreReplay(store, config.name, config.learner.seed),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name),
         gates={Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))},
