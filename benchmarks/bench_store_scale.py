@@ -53,6 +53,7 @@ from gradatim.types import (
     EpisodeId,
     Example,
     Feedback,
+    Message,
     Move,
     Record,
     Reward,
@@ -264,6 +265,9 @@ class Scorer:
 class Letters:
     def completion_ids(self, text: str) -> tuple[int, ...]:
         return (*text.encode(), END_OF_TURN)
+
+    def hinted_ids(self, prompt_ids: Sequence[int], messages: Sequence[Message], hint: str) -> tuple[int, ...]:
+        return ()
 
 
 def loop_on(store: SqlStore) -> Loop:

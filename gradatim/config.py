@@ -12,9 +12,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from gradatim.errors import ConfigError
 
@@ -55,6 +55,24 @@ class RewardConfig:
     min_weight: float = 0.25  # less evidence than this abstains
 
 
+_OverAnswer = Literal["dpo", "robust_dpo", "ipo", "kto", "apo_zero", "sft"]
+_Unpaired = Literal["sft", "kto", "apo_zero", "policy_gradient"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossConfig:
+    """What each kind of feedback is trained with; the types are the list of what there is."""
+
+    __pydantic_config__ = _STRICT
+    correction: _OverAnswer | Literal["self_distillation"] = "dpo"
+    preference: _OverAnswer = "dpo"
+    pair: _OverAnswer | Literal["policy_gradient"] = "dpo"  # a good and a bad answer to one and the same prompt
+    success: _Unpaired = "sft"  # an answer that an outcome speaks for
+    score: _Unpaired = "sft"  # one that a score speaks for
+    failure: Literal["avoid", "kto", "apo_zero", "policy_gradient"] = "avoid"  # outcome or score against it
+    hint: Literal["self_distillation"] = "self_distillation"  # an answer that was commented on
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerConfig:
     __pydantic_config__ = _STRICT
@@ -64,6 +82,8 @@ class LearnerConfig:
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
+    label_noise: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1  # share of wrong labels that robust_dpo assumes
+    losses: LossConfig = field(default_factory=LossConfig)
     kl_limit: float = 0.3  # nats a token between candidate and live on replayed answers: a step past it is taken back
     epochs: int = 2  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
@@ -171,7 +191,17 @@ def load(
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(str(p) for p in first["loc"]) or "the top level"
-        raise ConfigError(f"{path or 'configuration'}: {where}: {first['msg']}") from e
+        raise ConfigError(f"{path or 'configuration'}: {where}: {first['msg']}{_known(first)}") from e
+
+
+def _known(error: Mapping[str, Any]) -> str:
+    """What there is, for a setting that there is not."""
+    if error["type"] != "unexpected_keyword_argument":
+        return ""
+    at: Any = Config()
+    for part in error["loc"][:-1]:
+        at = getattr(at, str(part))
+    return f"; there are {', '.join(asdict(at))}"
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

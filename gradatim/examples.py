@@ -1,8 +1,9 @@
-"""A judged episode -> training examples: pairs, answers to imitate, answers to avoid.
+"""A judged episode -> training examples: pairs, answers to imitate, answers to avoid, answers with a hint.
 
 What is said of a step outranks what is said of its episode: correction > preference > score > outcome. An answer whose
-state (exact prompt tokens) also has an answer of the opposite worth becomes a pair. Prompts and sampled answers are
-the captured tokens; only a correction, which nobody sampled, is tokenised. Knows nothing of losses or batches.
+state (exact prompt tokens) also has an answer of the opposite worth becomes a pair. A comment on an answer that was not
+a good one, and has no better one beside it, is a hint. Prompts and sampled answers are the captured tokens; only what
+nobody sampled, a correction or a hint, is tokenised. Knows nothing of losses or batches.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class ExampleBuilder:
     """Stateless but for the store, where it looks up other answers to the same state and earlier revisions.
 
     ``skills`` names the examples of requests that name no skill themselves.
+    ``hint_corrections``: examples of corrections carry them as hints too, for a loss that asks for it.
     """
 
     def __init__(
@@ -44,12 +46,14 @@ class ExampleBuilder:
         *,
         retain_every: int = 4,
         skills: PromptSkills | None = None,
+        hint_corrections: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._tokenizer = tokenizer
         self._retain_every = retain_every
         self._skills = skills
+        self._hint_corrections = hint_corrections
         self._clock = clock
 
     def build(self, case: Case, reward: Reward, credit: Credit) -> Sequence[Example]:
@@ -91,16 +95,20 @@ class ExampleBuilder:
         preference = _newest(case, "preference", step)
         if preference is not None:
             return self._preferred(blank, step, preference)
-        if advantage == 0.0 or not step.completion_ids:
+        if not step.completion_ids:
             return None
         weighed = replace(blank, weight=min(1.0, abs(advantage)))
         if advantage > 0.0:
             origin = "success" if method == "outcome" else "score"
             good = replace(weighed, chosen_ids=step.completion_ids, origin=origin)
             return self._retain(self._pair(good, fresh, bad=False))
-        return self._retain(
-            self._pair(replace(weighed, rejected_ids=step.completion_ids, origin="failure"), fresh, bad=True)
-        )
+        failed: Example | None = None
+        if advantage < 0.0:
+            bad = replace(weighed, rejected_ids=step.completion_ids, origin="failure")
+            failed = self._retain(self._pair(bad, fresh, bad=True))
+        if failed is None or not failed.chosen_ids:
+            return self._hinted(blank, step, case) or failed
+        return failed
 
     def _blank(self, step: Step, case: Case) -> Example:
         return Example(
@@ -115,6 +123,7 @@ class ExampleBuilder:
             feedback_ids=tuple(f.id for f in case.feedback if f.step_id in (None, step.id)),
             user=step.user,
             position=case.position,
+            logprobs=step.logprobs,
         )
 
     def _corrected(self, blank: Example, step: Step, feedback: Feedback) -> Example:
@@ -122,7 +131,23 @@ class ExampleBuilder:
         chosen = self._tokenizer.completion_ids(feedback.correction)
         same = feedback.correction.strip() == step.text.strip()
         rejected = () if same else step.completion_ids
-        return replace(blank, chosen_ids=chosen, rejected_ids=rejected, origin="correction")
+        hint_ids: tuple[int, ...] = ()
+        if self._hint_corrections and not same:
+            told = f"{feedback.comment}\nA better answer: {feedback.correction}"
+            hint_ids = self._tokenizer.hinted_ids(step.prompt_ids, step.messages, told)
+        return replace(blank, chosen_ids=chosen, rejected_ids=rejected, origin="correction", hint_ids=hint_ids)
+
+    def _hinted(self, blank: Example, step: Step, case: Case) -> Example | None:
+        """The answer with the newest words about it in its prompt."""
+        said = [f for f in case.feedback if f.step_id == step.id and f.comment.strip()]
+        if not said:
+            return None
+        newest = max(said, key=lambda f: f.created_at)
+        hint_ids = self._tokenizer.hinted_ids(step.prompt_ids, step.messages, newest.comment)
+        if not hint_ids:
+            return None
+        weight = newest.confidence or 1.0
+        return replace(blank, rejected_ids=step.completion_ids, hint_ids=hint_ids, origin="hint", weight=weight)
 
     def _preferred(self, blank: Example, step: Step, feedback: Feedback) -> Example | None:
         loser = self._store.step(id=feedback.rejected_id) if feedback.rejected_id else None
@@ -133,7 +158,7 @@ class ExampleBuilder:
             chosen_ids=step.completion_ids,
             rejected_ids=loser.completion_ids,
             origin="preference",
-            weight=feedback.confidence or 1.0,
+            label=(1.0 + (feedback.confidence or 1.0)) / 2.0,
         )
 
     def _pair(self, example: Example, fresh: Sequence[Example], *, bad: bool) -> Example:
@@ -166,5 +191,7 @@ def _unchanged(previous: Example | None, example: Example) -> bool:
         previous is not None
         and previous.chosen_ids == example.chosen_ids
         and previous.rejected_ids == example.rejected_ids
+        and previous.hint_ids == example.hint_ids
+        and abs(previous.label - example.label) < _SAME_WEIGHT / 2
         and abs(previous.weight - example.weight) < _SAME_WEIGHT
     )

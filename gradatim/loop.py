@@ -39,7 +39,7 @@ def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig,
     """Whether an update should be made of these: they show enough good answers, or the oldest one has waited its time
     and there is something to replay beside them. A handful alone moves the weights at random, and bad answers alone
     teach nothing but to say something else."""
-    good = [e for e in examples if e.chosen_ids]
+    good = [e for e in examples if e.instructive]
     if len(good) >= config.min_examples:
         return True
     waited_s = now - min((e.created_at for e in good), default=now)
@@ -129,7 +129,7 @@ class Loop:
             newest.pop(example.step_id, None)
             if not usable:
                 continue
-            if not example.chosen_ids and sum(not e.chosen_ids for e in newest.values()) >= alone:
+            if not example.instructive and sum(not e.instructive for e in newest.values()) >= alone:
                 passed_over += 1
                 continue
             newest[example.step_id] = example

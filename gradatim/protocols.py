@@ -21,6 +21,7 @@ from gradatim.types import (
     EpisodeId,
     Example,
     Feedback,
+    Message,
     Move,
     Record,
     Request,
@@ -128,10 +129,15 @@ class ExampleBuilder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """What examples need to know of tokens: how a corrected answer would have been generated."""
+    """What examples need to know of tokens: how a corrected answer would have been generated, and how a prompt reads
+    with a hint in it."""
 
     def completion_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer, with the end-of-turn token."""
+
+    def hinted_ids(self, prompt_ids: Sequence[int], messages: Sequence[Message], hint: str) -> tuple[int, ...]:
+        """The prompt of these messages, of which ``prompt_ids`` are the captured tokens, with the hint where its reader
+        would look for it. Empty where there is no place for one."""
 
 
 class Replay(Protocol):

@@ -57,8 +57,8 @@ class WeightedReward:
         return mean, abs(mean) * total / (total + 0.25), f"mean {mean:+.2f} of opinions on the {about}"
 
     def _without_opinion(self, case: Case) -> tuple[float | None, float, str]:
-        if any(f.kind in ("correction", "preference") for f in case.feedback):
-            return 0.0, 0.0, "neutral: corrections and preferences speak for their own steps only"
+        if any(f.kind in ("correction", "preference") or (f.comment and f.step_id) for f in case.feedback):
+            return 0.0, 0.0, "neutral: corrections, preferences and comments speak for their own steps only"
         if any(f.kind == "outcome" for f in case.feedback):
             return None, 0.0, "abstained: the outcome is unknown"
         return None, 0.0, "abstained: no opinion"

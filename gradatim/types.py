@@ -189,7 +189,8 @@ class Credit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """What the learner trains on: a pair (DPO, arXiv:2305.18290), an answer to imitate, or one to avoid.
+    """What the learner trains on: a pair (DPO, arXiv:2305.18290), an answer to imitate, one to avoid, or one that was
+    commented on.
 
     ``chosen_ids`` and ``rejected_ids`` are completions of ``prompt_ids``; one of them may be empty. The id is made
     of step and revision, so that late feedback replaces an example and replay does not count it twice.
@@ -203,7 +204,7 @@ class Example:
     chosen_ids: tuple[int, ...] = ()  # (T,)
     rejected_ids: tuple[int, ...] = ()  # (T',)
     weight: float = 1.0  # in (0, 1], from credit and confidence
-    origin: str  # correction | preference | success | failure | score: what it was made from
+    origin: str  # correction | preference | success | failure | score | hint: what it was made from
     skill: str = "default"
     state: str = ""  # digest of prompt_ids: examples of one state may be paired
     retained: bool = False  # kept for the gate, never trained on
@@ -211,12 +212,23 @@ class Example:
     feedback_ids: tuple[str, ...] = ()
     user: str = ""
     position: int = 0  # revision: the newest feedback it rests on
+    label: float = 1.0  # of a pair: how likely the chosen answer is truly the better one
+    logprobs: tuple[float, ...] = ()  # (T,) of the step's own answer, chosen or rejected, as the engine drew it
+    hint_ids: tuple[int, ...] = ()  # (P',) the prompt with what was said of the answer in it; () where nothing was
 
     @property
-    def kind(self) -> Literal["pair", "imitate", "avoid"]:
+    def kind(self) -> Literal["pair", "imitate", "avoid", "hint"]:
+        """Of a hint, ``rejected_ids`` is the answer that was commented on."""
         if self.chosen_ids and self.rejected_ids:
             return "pair"
+        if self.hint_ids and not self.chosen_ids:
+            return "hint"
         return "imitate" if self.chosen_ids else "avoid"
+
+    @property
+    def instructive(self) -> bool:
+        """It shows, or somebody said, what would have been better than the answer that was given."""
+        return bool(self.chosen_ids or self.hint_ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

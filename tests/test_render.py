@@ -99,3 +99,33 @@ def test_an_unfinished_character_comes_out_at_the_end(renderer: Renderer) -> Non
     stream = renderer.stream()
     first = renderer.completion_ids("é")[0]
     assert (stream.push(first), stream.flush()) == ("", "\ufffd")
+
+
+def test_a_hint_stands_at_the_end_of_the_last_user_message(renderer: Renderer) -> None:
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": "first"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "What now?"}]},
+    ]
+    ids = renderer.hinted_ids(renderer.prompt_ids(messages), messages, " try 2 ")
+    assert "".join(renderer.token_text(i) for i in ids).endswith(
+        "<|end|>\n<|start|>user\nWhat now?\n\nHint: try 2<|end|>\n<|start|>assistant\n"
+    )
+
+
+def test_what_comes_before_a_hint_stays_as_it_was_captured(renderer: Renderer) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    plain = renderer.prompt_ids(messages)
+    captured = (5, 6, 7, *plain)  # a template that the messages do not show, such as one with tools
+    assert renderer.hinted_ids(captured, messages, "x")[: 3 + len(plain) - 14] == captured[: 3 + len(plain) - 14]
+    assert renderer.hinted_ids(captured, messages, "x")[3:] == renderer.hinted_ids(plain, messages, "x")
+
+
+def test_no_hint_where_there_is_no_place_for_it(renderer: Renderer) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    plain = renderer.prompt_ids(messages)
+    assert renderer.hinted_ids(plain, [], "x") == ()
+    assert renderer.hinted_ids(plain, [{"role": "system", "content": "Hi"}], "x") == ()
+    assert renderer.hinted_ids((*plain[:-3], 9, 9, 9), messages, "x") == ()
+    assert renderer.hinted_ids(plain[-2:], messages, "x") == ()
+    assert renderer.hinted_ids(plain, [{"role": "user", "content": [{"type": "image_url"}]}], "x") == ()

@@ -18,7 +18,7 @@ from gradatim.examples import ExampleBuilder
 from gradatim.reward import WeightedReward
 from gradatim.skills import PromptSkills, last_message
 from gradatim.testing.fakes import FakeStore
-from gradatim.types import Case, Episode, EpisodeId, Example, StepId
+from gradatim.types import Case, Episode, EpisodeId, Example, Message, StepId
 
 from . import records
 
@@ -110,6 +110,9 @@ def test_only_the_last_message_counts() -> None:
 class Words:
     def completion_ids(self, text: str) -> tuple[int, ...]:
         return (*(3 + len(word) for word in text.split()), END)
+
+    def hinted_ids(self, prompt_ids: Sequence[int], messages: Sequence[Message], hint: str) -> tuple[int, ...]:
+        return ()
 
 
 def test_examples_of_unnamed_skills_are_named_and_keep_their_name() -> None:

@@ -26,10 +26,11 @@ import gradatim
 from gradatim.errors import StoreError
 from gradatim.store import SqlStore, open_store
 from gradatim.store.migrations import scripts
+from gradatim.store.rows import to_row
 from gradatim.store.schema import FLOATS, JSON, JSON_TUPLE, TABLES, TOKENS, metadata
 from gradatim.testing.records import a_move, an_adapter
-from gradatim.types import RECORDS, AdapterId, Feedback, Move, Stage, Step
-from tests.records import feedback, step
+from gradatim.types import RECORDS, AdapterId, Example, Feedback, Move, Stage, Step
+from tests.records import example, feedback, step
 from tests.test_store import create_database, postgresql_socket
 
 __all__ = ["postgresql_socket"]  # a fixture
@@ -156,6 +157,29 @@ def test_the_tallies_are_what_counting_gives(tmp_path: Path) -> None:
             for name, count in store.counts().items():
                 assert connection.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() == count, name
         assert {s: n for s, n in store.stage_counts("agent").items() if n} == {Stage.LIVE: 1, Stage.REJECTED: 3}
+
+
+def test_examples_of_an_older_database_read_as_what_they_were(tmp_path: Path) -> None:
+    """001 knew no hints, no labels and no log-probabilities of examples."""
+    path = tmp_path / "store.db"
+    old = create_engine(f"sqlite:///{path}")
+    with old.begin() as connection:
+        opts = {"fn": lambda revision, _: scripts()._upgrade_revs("001_initial", revision)}
+        context = MigrationContext.configure(connection, opts=opts)
+        with Operations.context(context):
+            context.run_migrations()
+        kept = to_row(example("x", chosen_ids=(7, 8), weight=0.5))
+        row = {k: v for k, v in kept.items() if k not in ("label", "logprobs", "hint_ids")} | {"log_position": 1}
+        names = ", ".join(f'"{name}"' for name in row)
+        values = ", ".join(f":{name}" for name in row)
+        connection.execute(text(f"INSERT INTO examples ({names}) VALUES ({values})"), row)
+        connection.execute(text("UPDATE log_end SET log_position = 1"))
+    old.dispose()
+    with open_store(path) as store:
+        assert store.read(Example) == [(1, example("x", chosen_ids=(7, 8), weight=0.5))]
+        hinted = example("y", chosen_ids=(), rejected_ids=(7,), hint_ids=(1, 9, 2), label=0.75, logprobs=(-0.1,))
+        store.append(hinted)
+        assert [e for _, e in store.read(Example, id="y")] == [hinted]
 
 
 def test_there_is_one_line_of_migrations() -> None:

@@ -53,7 +53,7 @@ def send(
     score: Annotated[float | None, typer.Option(min=-1, max=1, help="How good it was, -1 to 1.")] = None,
     correction: Annotated[str | None, typer.Option(help="The better answer.")] = None,
     outcome: Annotated[str | None, typer.Option(help="Of the whole task: true, false or unknown.")] = None,
-    comment: Annotated[str | None, typer.Option(help="Any text; kept, not trained on.")] = None,
+    comment: Annotated[str | None, typer.Option(help="What was wrong with it, in words: a hint to learn from.")] = None,
     over: Annotated[str | None, typer.Option(help="The id of a worse answer to the same prompt.")] = None,
     source: Annotated[str, typer.Option(help="Who says so, KIND:NAME.")] = "human:cli",
     file: ConfigFile = None,

@@ -24,6 +24,7 @@ class Item:
     rejected: Answer | None
     truncated: bool  # its prompt lost its left end
     replayed: bool = False
+    hinted: Answer | None = None  # the answer that was given, behind a prompt that says what was said of it
 
     @property
     def told_apart(self) -> slice:
@@ -53,7 +54,7 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
         return "it has no prompt"
     if longest >= max_length:
         return f"its answer alone has {longest} tokens, and max_length is {max_length}"
-    for i in (*example.prompt_ids, *example.chosen_ids, *example.rejected_ids):
+    for i in (*example.prompt_ids, *example.chosen_ids, *example.rejected_ids, *example.hint_ids):
         if not 0 <= i < vocabulary:
             return f"token id {i} is outside the vocabulary of {vocabulary}"
     prompt = example.prompt_ids[-(max_length - longest) :]
@@ -63,7 +64,14 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
         Answer(prompt, example.rejected_ids) if example.rejected_ids else None,
         len(prompt) < len(example.prompt_ids),
         replayed,
+        _hinted(example, max_length),
     )
+
+
+def _hinted(example: Example, max_length: int) -> Answer | None:
+    if not example.hint_ids or not example.rejected_ids:
+        return None
+    return Answer(example.hint_ids[-(max_length - len(example.rejected_ids)) :], example.rejected_ids)
 
 
 def steps(new: Sequence[Item], replay: Sequence[Item], config: LearnerConfig, seed: int) -> Iterator[list[Item]]:

@@ -1,12 +1,8 @@
 """One update: parent adapter + examples -> a new adapter, or the reason why not.
 
-    pair     DPO against the parent, on the tokens that tell the two answers apart + NLL guard on the chosen one
-    imitate  NLL of the chosen answer
-    avoid    APO-zero on the bad answer, bounded
-
-Everything is relative to the parent, which is the live adapter: its log-probabilities are the reference of DPO and
-the centre of the trust region. The learner keeps nothing between updates that the parent's folder does not hold. It
-knows no store, no stages and no gates.
+Everything is relative to the parent, which is the live adapter: its log-probabilities are the reference of every loss
+and the centre of the trust region. The learner keeps nothing between updates that the parent's folder does not hold.
+Which loss an example is trained with is not decided here (``objectives``). It knows no store, no stages and no gates.
 """
 
 from __future__ import annotations
@@ -29,6 +25,7 @@ from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, GradatimError, LearnerError
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.objectives import Objectives, Scores, is_silent
 from gradatim.learner.run import Run, summary
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
@@ -51,9 +48,7 @@ from gradatim.types import Adapter, AdapterId, Example, Update
 log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
-AVOID_FLOOR_NATS = 4.0  # a bad answer is pushed down by no more than this in one update
 KNOWN = 0.9  # an answer to imitate that the parent gives with this chance is rehearsed, not taught
-SETTLED_NATS = 10.0  # a pair whose margin under the parent is wider is only imitated: or replay widens it for ever
 BACKTRACKS = 3  # so many steps taken back end an update
 PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
 
@@ -71,6 +66,7 @@ class LoraLearner:
         self._data_dir = data_dir
         self._name = name
         self._trainable: Trainable = trainable(base)
+        self._objectives = Objectives(config)  # of the update at hand
         torch.set_num_threads(config.threads)
         for leftover in (data_dir / "adapters").glob(f"{TMP_PREFIX}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -174,11 +170,13 @@ class LoraLearner:
 
     def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
         weights, state = self._start(parent)
+        self._objectives = Objectives(self._config)
         with self._trainable.training(weights) as lora:
             optimizer = _optimizer(lora, state)
             started_s = time.monotonic()
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
+            self._objectives.begin([*run.new, *run.replay], self._trainable.score)
             self._walk(run, lora, optimizer, batches, warm_up=not state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
@@ -189,16 +187,22 @@ class LoraLearner:
 
     def _batches(self, run: Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
-        gradients into steps as long as any other: it joins the rehearsal."""
+        gradients into steps as long as any other: it joins the rehearsal. So would a hint that changes nothing, and
+        there is nothing in it to rehearse."""
         self._refer(run, run.new)
         run.known = [i for i in run.new if i.rejected is None and i.chosen is not None and run.chance(i) >= KNOWN]
-        known = {i.example.id for i in run.known}
-        taught = [i for i in run.new if i.example.id not in known]
+        run.silent = [i for i in run.new if self._is_silent(run, i)]
+        skipped = {i.example.id for i in (*run.known, *run.silent)}
+        taught = [i for i in run.new if i.example.id not in skipped]
         if not taught:
-            raise _RefusedError(f"nothing to learn: the live adapter gives all of these {len(known)} answers already")
+            raise _RefusedError(_nothing_to_learn(run))
         rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
         random.Random(seed).shuffle(rehearsed)
         return list(steps(taught, rehearsed, self._config, seed))
+
+    def _is_silent(self, run: Run, item: Item) -> bool:
+        teacher = run.teacher.get(item.example.id)
+        return teacher is not None and is_silent(run.reference[item.example.id][-1], teacher)
 
     def _walk(
         self,
@@ -244,14 +248,17 @@ class LoraLearner:
     def _refer(self, run: Run, items: Sequence[Item], but: Sequence[Item] = ()) -> None:
         """The parent's log-probabilities, once, of all that is compared with it. The first batch needs no pass of
         its own: when it is trained on, the weights still are the parent's."""
-        skipped = run.reference.keys() | {i.example.id for i in but}
+        skipped = run.reference.keys() | {i.example.id for i in but if not self._objectives.wants_teacher(i)}
         items = list({i.example.id: i for i in items if i.example.id not in skipped}.values())
-        scored = self._trainable.score([a for i in items for a in i.answers])
+        hinted = {i.example.id: i.hinted for i in items if i.hinted and self._objectives.wants_teacher(i)}
+        scored = self._trainable.score([*(a for i in items for a in i.answers), *hinted.values()])
         for item in items:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
+        run.teacher |= {example_id: scored.pop(0).logprobs for example_id in hinted}
 
     def _step(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
         """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
+        self._objectives.begin_step(self._trainable.score)
         lora.zero_grad()
         drift: list[Tensor] = []
         for members in passes([i.answers for i in batch], PASS_TOKENS):
@@ -275,25 +282,9 @@ class LoraLearner:
         return run.kl > self._config.kl_limit
 
     def _loss(self, run: Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
-        """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
-        beta = self._config.beta
-        if item.chosen is None:
-            bad = self._config.avoid * losses.avoid(mine[0].total, reference[0].sum(), beta, AVOID_FLOOR_NATS)
-            run.add("loss_avoid", bad)
-            return bad
-        nll = losses.nll(mine[0].total, torch.tensor(float(len(mine[0].logprobs))))
-        if item.rejected is None:
-            run.add("loss_imitate", nll)
-            return nll
-        run.add("loss_nll", nll)
-        told_apart = item.told_apart
-        now, before = ([x[told_apart].sum() for x in pair] for pair in ([s.logprobs for s in mine], reference))
-        if before[0] - before[1] > SETTLED_NATS:
-            run.add("settled", torch.ones(()))
-            return self._config.nll * nll
-        dpo = losses.dpo(now[0], now[1], before[0], before[1], beta)
-        run.add("loss_dpo", dpo)
-        return dpo + self._config.nll * nll
+        """Loss of one example, unweighted: a scalar."""
+        scores = Scores(item, [s.logprobs for s in mine], reference, run.teacher.get(item.example.id))
+        return self._objectives.loss(scores, run.add)
 
     def _probe(self, run: Run) -> dict[str, float]:
         """Some new examples, before and after: did it learn them?"""
@@ -323,6 +314,15 @@ class LoraLearner:
             created_at=time.time(),
             update_id=update_id,
         )
+
+
+def _nothing_to_learn(run: Run) -> str:
+    reasons = []
+    if run.known:
+        reasons.append(f"the live adapter gives all of these {len(run.known)} answers already")
+    if run.silent:
+        reasons.append(f"{len(run.silent)} hints change nothing about the answers they are on")
+    return f"nothing to learn: {'; '.join(reasons)}"
 
 
 # -------------------------------------------------------------------------------------------- optimiser

@@ -20,7 +20,9 @@ class Run:
     replay: list[Item]
     dropped: list[str]
     known: list[Item] = field(default_factory=list)  # new ones that the parent gives already
+    silent: list[Item] = field(default_factory=list)  # new ones whose hint changes nothing
     reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
+    teacher: dict[str, Tensor] = field(default_factory=dict)  # example id -> (T,), the parent's when it has the hint
     used: set[str] = field(default_factory=set)
     sums: dict[str, float] = field(default_factory=dict)  # of loss parts
     counts: Counter[str] = field(default_factory=Counter)  # of their terms
@@ -54,7 +56,9 @@ class Run:
             "pairs": kinds["pair"],
             "imitated": kinds["imitate"],
             "avoided": kinds["avoid"],
+            "hinted": kinds["hint"],
             "known": len(self.known),
+            "silent_hints": len(self.silent),
             "dropped": len(self.dropped),
             "truncated": sum(i.truncated for i in (*self.new, *self.replay)),
             "steps": self.steps,

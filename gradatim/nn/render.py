@@ -18,6 +18,7 @@ from gradatim.nn.base import Base
 from gradatim.types import Message
 
 _REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
+_HINT = "\n\nHint: {}"
 _ROLES = {"developer": "system", "function": "tool"}  # newer or older names of roles that templates know
 
 
@@ -49,6 +50,27 @@ class Renderer:
     def completion_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of an answer, with the end-of-turn token, as the model would have drawn them."""
         return (*self._encode(text), self._end_of_turn)
+
+    def hinted_ids(self, prompt_ids: Sequence[int], messages: Sequence[Message], hint: str) -> tuple[int, ...]:
+        """The prompt with a hint at the end of its last user message; what comes before the hint stays as captured.
+
+        Empty where no message is a user's, or where the messages do not end in the tokens that were captured.
+        """
+        asked = [i for i, message in enumerate(messages) if message.get("role") == "user"]
+        if not asked:
+            return ()
+        at = asked[-1]
+        try:
+            told = {**messages[at], "content": _text(messages[at].get("content"), at) + _HINT.format(hint.strip())}
+            plain = self.prompt_ids(messages)
+            hinted = self.prompt_ids([*messages[:at], told, *messages[at + 1 :]])
+        except InvalidRequestError:  # captured under another template
+            return ()
+        start = next((k for k, (a, b) in enumerate(zip(plain, hinted, strict=False)) if a != b), len(plain))
+        cut = len(prompt_ids) - (len(plain) - start)
+        if cut < 0 or tuple(prompt_ids[cut:]) != plain[start:]:
+            return ()
+        return (*prompt_ids[:cut], *hinted[start:])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, without special ones."""

@@ -60,7 +60,7 @@ def _encoder(column: Column[Any]) -> Callable[[Any], Any]:
 
 _FIELDS = {kind: [c for c in table.columns if c.name != "log_position"] for kind, table in TABLES.items()}
 _ENCODERS = {kind: [(c.name, _encoder(c), bool(c.nullable)) for c in fields] for kind, fields in _FIELDS.items()}
-_CODED = {kind: [(c.name, c.info["codec"].decode) for c in fields if c.info] for kind, fields in _FIELDS.items()}
+_CODED = {kind: [(c.name, c.info["codec"]) for c in fields if c.info] for kind, fields in _FIELDS.items()}
 
 
 def to_row(record: Record) -> Row:
@@ -85,9 +85,8 @@ def to_record(kind: type[R], row: RowMapping) -> tuple[int, R]:
     fields = dict(row)
     position: int = fields.pop("log_position")
     try:
-        for name, decode in _CODED[kind]:
-            if fields[name] is not None:
-                fields[name] = decode(fields[name])
+        for name, codec in _CODED[kind]:
+            fields[name] = codec.missing if fields[name] is None else codec.decode(fields[name])
         return position, kind(**fields)
     except (TypeError, ValueError, struct.error) as e:
         raise StoreError(

@@ -46,6 +46,7 @@ class Codec:
 
     encode: Callable[[Any], str | bytes]
     decode: Callable[[Any], Any]
+    missing: Any = None  # what NULL stands for: in a column that is younger than the row, nothing
 
 
 def _dump(value: Any) -> str:
@@ -61,6 +62,7 @@ def _array(code: str, size_bytes: int) -> Codec:
     return Codec(
         encode=lambda values: struct.pack(f"<{len(values)}{code}", *values),
         decode=lambda blob: struct.unpack(f"<{len(blob) // size_bytes}{code}", blob),
+        missing=(),
     )
 
 
@@ -201,6 +203,9 @@ examples = _log(
     _coded("feedback_ids", JSON_TUPLE),
     _key("user"),
     _int("position"),
+    Column("label", Double, nullable=False, server_default=text("1.0")),
+    _coded("logprobs", FLOATS, null=True),  # (T,)
+    _coded("hint_ids", TOKENS, null=True),  # (P',)
     by=("id", "episode_id", "step_id", "state", "skill", "user"),
 )
 

@@ -142,6 +142,9 @@ def one_of_each() -> Sequence[Record]:
             feedback_ids=("feedback",),
             user="alice",
             position=3,
+            label=2.0 / 3.0,
+            logprobs=(-0.1, -1.0 / 3.0),
+            hint_ids=(1, 2, 9, 3),
         ),
         an_adapter(0),
         Update(
