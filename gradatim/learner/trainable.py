@@ -58,12 +58,16 @@ class Trainable:
         self.lora.load(None if adapter.step == 0 else read_adapter(data_dir / adapter.path, adapter.sha256))
         self._on = adapter.sha256
 
+    def forward(self, answers: Sequence[Answer]) -> list[Scored]:
+        """One pass over all answers, with gradients where they are on; hold the lock."""
+        return score(self.model, answers)
+
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of any number of answers, without gradients."""
         out: list[Scored | None] = [None] * len(answers)
         with torch.no_grad():
             for members in passes([[a] for a in answers], SCORE_PASS_TOKENS):
-                scored = score(self.model, [answers[i] for i in members])
+                scored = self.forward([answers[i] for i in members])
                 for i, s in zip(members, scored, strict=True):
                     out[i] = s
         return [s for s in out if s is not None]
