@@ -79,7 +79,7 @@ class _Fan:
         if self.down is None:
             return ys, None
         h = x @ self.down.t()
-        for y, up, mine in zip(ys, self.ups, h.split(self.widths, 1), strict=True):
+        for y, up, mine in zip(ys, self.ups, _split(h, self.widths, 1), strict=True):
             if up is not None:
                 y.addmm_(mine, up.t(), alpha=self.scaling)
         return ys, h
@@ -99,9 +99,9 @@ class _Fan:
         back = (torch.cat(backs, 1) if len(backs) > 1 else backs[0]).mul_(self.scaling)  # (N, sum of r)
         if through:
             dx.addmm_(back, self.down)
-        downs = (back.t() @ x).split(self.widths)
+        downs = _split(back.t() @ x, self.widths, 0)
         grads: list[Tensor | None] = []
-        for g, up, down, mine in zip(gs, self.ups, downs, h.split(self.widths, 1), strict=True):
+        for g, up, down, mine in zip(gs, self.ups, downs, _split(h, self.widths, 1), strict=True):
             grads += [None, None] if up is None else [down, (mine.t() @ g).t().mul(self.scaling)]
         return dx, grads
 
@@ -194,7 +194,7 @@ class _Layer(torch.autograd.Function):
         d_mixed, out_grads = fans[1].backward([grad.to(dtype)], mixed, h2)
         dq, dk, dv = attend_backward(run.plan, d_mixed, q, k, v, mixed)
         if rows is not None:
-            dq, grad = _spread(dq.unflatten(1, (len(rows), -1)), rows, len(x), 1), _spread(grad, rows, len(x), 0)
+            dq, grad = _spread(dq.view(len(k), len(rows), -1), rows, len(x), 1), _spread(grad, rows, len(x), 0)
         cos, sin = run.cos[:, None], -run.sin[:, None]
         dq = _rotate(dq.view(*k.shape[:2], -1, k.shape[2]), cos * layer.scaling, sin * layer.scaling)
         dk = _rotate(dk[:, :, None], cos, sin)
@@ -210,6 +210,10 @@ class _Layer(torch.autograd.Function):
 def _fans(layer: Layer, run: Pass, branches: Sequence[Tensor | None]) -> list[_Fan]:
     together = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
     return [_Fan(layer, names, branches, run.lora_scaling) for names in together]
+
+
+def _split(x: Tensor, widths: list[int], dim: int) -> tuple[Tensor, ...]:
+    return torch.split(x, widths, dim)
 
 
 def _spread(x: Tensor, rows: Tensor, count: int, dim: int) -> Tensor:
