@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradatim.errors import ModelError
-from gradatim.nn import pack as packing
+from gradatim.nn import head, trie
 from gradatim.nn.lora import Lora
-from gradatim.nn.pack import Answer, check_model, logprobs, pack, packed_tokens, passes, score
+from gradatim.nn.pack import ATTENTION, Answer, Pack, check_model, logprobs, pack, packed_tokens, passes, score
 from tests.tiny import VOCABULARY, tiny_model, tiny_weights
 
 
@@ -58,8 +58,8 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_values_and_gradients_equal_the_unpacked_reference(
     block_tokens: int, key_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "BLOCK_TOKENS", block_tokens)
-    monkeypatch.setattr(packing, "HEAD_ROWS", 16)
+    monkeypatch.setattr(trie, "BLOCK_TOKENS", block_tokens)
+    monkeypatch.setattr(head, "HEAD_ROWS", 16)
     model = tiny_model(key_heads=key_heads)
     branches = Lora(model)
     branches.load(tiny_weights(model), trainable=True)
@@ -114,7 +114,7 @@ def test_every_row_of_any_trie_sees_exactly_its_own_history(pairs: list[tuple[li
         ]
 
 
-def _histories(packed: packing.Pack) -> list[tuple[int, ...]]:
+def _histories(packed: Pack) -> list[tuple[int, ...]]:
     """What each packed token attends to, in the order of positions."""
     out: list[tuple[int, ...]] = []
     for block in packed.blocks:
@@ -148,7 +148,7 @@ def test_the_models_own_attention_is_back_afterwards() -> None:
     model = tiny_model()
     before = model.config._attn_implementation
     logprobs(model, [Answer((1, 2), (3,))])
-    assert model.config._attn_implementation == before != packing.ATTENTION
+    assert model.config._attn_implementation == before != ATTENTION
 
 
 def test_a_model_that_computes_otherwise_is_found_out() -> None:

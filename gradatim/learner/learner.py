@@ -42,7 +42,7 @@ from gradatim.nn.lora import (
     relative_norm,
     write_adapter,
 )
-from gradatim.nn.pack import Scored, packed_tokens, passes, score
+from gradatim.nn.pack import Scored, packed_tokens, passes
 from gradatim.types import Adapter, AdapterId, Example, Update
 
 log = logging.getLogger(__name__)
@@ -264,7 +264,7 @@ class LoraLearner:
         for members in passes([i.answers for i in batch], PASS_TOKENS):
             items = [batch[m] for m in members]
             answers = [a for i in items for a in i.answers]
-            scored = score(self._trainable.model, answers)
+            scored = self._trainable.forward(answers)
             run.tokens += sum(len(a.fed) for a in answers)
             run.packed += packed_tokens(answers)
             total = torch.zeros((), device=self._base.device)

@@ -5,6 +5,7 @@ It knows no losses and no records but ``Adapter``; who comes second waits for th
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,11 +15,14 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from gradatim.errors import AdapterError
+from gradatim.errors import AdapterError, ModelError
 from gradatim.nn.base import Base
+from gradatim.nn.llama import LlamaPass, qualifies
 from gradatim.nn.lora import Lora, LoraWeights, read_adapter
 from gradatim.nn.pack import Answer, Scored, check_model, passes, score
 from gradatim.types import Adapter
+
+log = logging.getLogger(__name__)
 
 PASS_TOKENS = 2048  # packed tokens of one pass with gradients; about 2 MB each on a model of 135 M weights
 SCORE_PASS_TOKENS = 4096  # without gradients
@@ -36,6 +40,7 @@ class Trainable:
         self.lock = threading.RLock()
         self._on: str | None = None  # digest of the adapter that is on the model
         check_model(base.model)
+        self._layers = _own_layers(base.model, self.lora)
 
     @contextmanager
     def training(self, weights: LoraWeights) -> Iterator[Lora]:
@@ -58,15 +63,32 @@ class Trainable:
         self.lora.load(None if adapter.step == 0 else read_adapter(data_dir / adapter.path, adapter.sha256))
         self._on = adapter.sha256
 
+    def forward(self, answers: Sequence[Answer]) -> list[Scored]:
+        """One pass over all answers, with gradients where they are on; hold the lock."""
+        return self._layers(answers) if self._layers else score(self.model, answers)
+
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of any number of answers, without gradients."""
         out: list[Scored | None] = [None] * len(answers)
         with torch.no_grad():
             for members in passes([[a] for a in answers], SCORE_PASS_TOKENS):
-                scored = score(self.model, [answers[i] for i in members])
+                scored = self.forward([answers[i] for i in members])
                 for i, s in zip(members, scored, strict=True):
                     out[i] = s
         return [s for s in out if s is not None]
+
+
+def _own_layers(model: Any, lora: Lora) -> LlamaPass | None:
+    """The hand-written layers where they give this model's own numbers."""
+    if not qualifies(model):
+        return None
+    layers = LlamaPass(model, lora)
+    try:
+        check_model(model, layers)
+    except (ModelError, RuntimeError) as e:
+        log.warning("training takes the model-agnostic path: %s", e)
+        return None
+    return layers
 
 
 _shared: WeakKeyDictionary[Any, Trainable] = WeakKeyDictionary()

@@ -318,6 +318,10 @@ class Lora:
         modules = {p: (a.detach().cpu().clone(), b.detach().cpu().clone()) for p, (a, b) in self._branches.items()}
         return LoraWeights(self.rank, self.scaling, modules)
 
+    def branches(self) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """The trainable (A, B) of each adapted module; none where no adapter is loaded or it is disabled."""
+        return self._branches if self.enabled else {}
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """The bare base inside the block."""

@@ -1,0 +1,458 @@
+"""One DPO step against TRL's DPOTrainer, on the same batch of token ids: CPU time, peak memory, and equality.
+
+SmolLM2-135M, LoRA of rank 16 on all linear layers, AdamW and clipping on both sides, one thread. TRL's own
+``training_step`` is called on our batch, in the mode that is fastest for it: its model in the dtype of the run, bf16
+autocast in bf16, no gradient checkpointing. Both sides alternate in one process and are timed in process CPU seconds,
+the best of the rounds, so that other load on the machine hardly matters. Peaks are of one process each, less what it
+held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL accumulates the
+gradients of 4 passes of 4.
+
+Besides: a batch of agent steps behind one system prompt of 1024 tokens; the shape of this project's own updates,
+hand-written layers against the model-agnostic path; and the matrix products alone, as the floor.
+
+Needs the extra ``bench``: pip install 'gradatim[bench]'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+
+harness.threads()
+
+import torch
+from torch import Tensor
+
+from gradatim.learner.trainable import Trainable
+from gradatim.nn import losses
+from gradatim.nn.base import Base, load_base
+from gradatim.nn.lora import LoraWeights, fresh_weights
+from gradatim.nn.pack import Answer, Scored, packed_tokens, passes, score
+
+RANK, ALPHA, BETA, LR = 16, 32, 0.1, 1e-5
+MICRO = 4  # pairs in one of TRL's passes
+PASS_TOKENS = 2048  # packed tokens in one of ours
+SYSTEM_TOKENS, LONG_SYSTEM_TOKENS = 75, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    prompt: tuple[int, ...]
+    chosen: tuple[int, ...]
+    rejected: tuple[int, ...]
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [Answer(self.prompt, self.chosen), Answer(self.prompt, self.rejected)]
+
+
+def text_ids(tokenizer: Any) -> list[int]:
+    """Ordinary English to cut prompts from: this project's own pages."""
+    pages = sorted((Path(__file__).resolve().parent.parent / "docs").glob("[0-9]*.md"))
+    ids: list[int] = tokenizer("\n".join(p.read_text() for p in pages))["input_ids"]
+    return ids
+
+
+def make_pairs(
+    ids: Sequence[int], count: int, system: int, prompt: tuple[int, int], answer: tuple[int, int]
+) -> list[Pair]:
+    """Pairs with that many shared system tokens, and own prompts and answers of these ranges of lengths."""
+    rng = random.Random(7)
+
+    def piece(bounds: tuple[int, int]) -> tuple[int, ...]:
+        length = rng.randint(*bounds)
+        start = rng.randrange(len(ids) - length)
+        return tuple(ids[start : start + length])
+
+    shared = (*ids, *ids)[:system]
+    return [Pair(shared + piece(prompt), piece(answer), piece(answer)) for _ in range(count)]
+
+
+def start_weights(model: Any) -> LoraWeights:
+    """As after some training: with B = 0 half of all gradients would be 0 whatever the code does."""
+    generator = torch.Generator().manual_seed(1)
+    fresh = fresh_weights(model, RANK, ALPHA, seed=0)
+    modules = {p: (a, 2e-3 * torch.randn(b.shape, generator=generator)) for p, (a, b) in fresh.modules.items()}
+    return LoraWeights(RANK, ALPHA / RANK, modules)
+
+
+# ------------------------------------------------------------------------------------------------ sides
+
+
+class Ours:
+    """The product's step. ``generic`` takes the model-agnostic path."""
+
+    def __init__(self, base: Base, *, generic: bool = False) -> None:
+        self._trainable = Trainable(base)
+        self._forward: Callable[[Sequence[Answer]], list[Scored]] = (
+            (lambda answers: score(base.model, answers)) if generic else self._trainable.forward
+        )
+        self._lora = self._trainable.lora
+        self._lora.load(start_weights(base.model), trainable=True)
+        self._optimizer = torch.optim.AdamW([self._lora.flat], lr=LR, weight_decay=0.0)
+
+    def reference(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        """Log-probabilities (2,) of each pair under the bare base."""
+        out: dict[int, Tensor] = {}
+        with torch.no_grad(), self._lora.disabled():
+            for members in passes([p.answers for p in pairs], PASS_TOKENS):
+                totals = [s.total for s in self._forward([a for m in members for a in pairs[m].answers])]
+                out |= {m: torch.stack(totals[2 * k : 2 * k + 2]) for k, m in enumerate(members)}
+        return [out[m] for m in range(len(pairs))]
+
+    def gradient(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
+        self._lora.zero_grad()
+        reference = reference or self.reference(pairs)
+        mean = 0.0
+        for members in passes([p.answers for p in pairs], PASS_TOKENS):
+            scored = self._forward([a for m in members for a in pairs[m].answers])
+            now = torch.stack([s.total for s in scored]).view(-1, 2)
+            before = torch.stack([reference[m] for m in members])
+            loss = losses.dpo(now[:, 0], now[:, 1], before[:, 0], before[:, 1], BETA).sum() / len(pairs)
+            loss.backward()  # type: ignore[no-untyped-call]
+            mean += float(loss.detach())
+        return mean
+
+    def step(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
+        loss = self.gradient(pairs, reference)
+        torch.nn.utils.clip_grad_norm_([self._lora.flat], 1.0)
+        self._optimizer.step()
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By module and factor."""
+        out: dict[str, Tensor] = {}
+        for path, (a, b) in self._lora.branches().items():
+            assert a.grad is not None and b.grad is not None
+            out |= {f"{path}.A": a.grad.clone(), f"{path}.B": b.grad.clone()}
+        return out
+
+
+class Trl:
+    """TRL's trainer, driven one ``training_step`` at a time: it takes no token ids of its own accord."""
+
+    def __init__(self, base: Base, folder: Path, *, cached: bool = False, checkpointing: bool = False) -> None:
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer
+
+        settings = DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=MICRO,
+            bf16=base.dtype == torch.bfloat16,
+            gradient_checkpointing=checkpointing,
+            learning_rate=LR,
+            beta=BETA,
+            max_length=None,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        texts = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
+        weights = start_weights(base.model)
+        self._trainer = DPOTrainer(
+            model=base.model, args=settings, train_dataset=texts, processing_class=base.tokenizer, peft_config=config
+        )
+        self._trainer.precompute_ref_logps = cached
+        self._named = {
+            n.removeprefix("base_model.model.").replace(f".lora_{x}.default.weight", f".{x}"): p
+            for n, p in self._trainer.model.named_parameters()
+            for x in "AB"
+            if f".lora_{x}.default.weight" in n
+        }
+        with torch.no_grad():
+            for path, pair in weights.modules.items():
+                for x, tensor in zip("AB", pair, strict=True):
+                    self._named[f"{path}.{x}"].copy_(tensor)
+        self._optimizer = self._trainer.create_optimizer()
+
+    def reference(self, pairs: Sequence[Pair]) -> list[Tensor]:
+        out = []
+        for start in range(0, len(pairs), MICRO):
+            batch = self._collate(pairs[start : start + MICRO], None)
+            chosen, rejected = self._trainer.compute_ref_log_probs(self._trainer.model, batch)
+            out += list(torch.stack([chosen, rejected], 1))
+        return out
+
+    def _collate(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None) -> Any:
+        rows: list[dict[str, Any]] = []
+        for k, p in enumerate(pairs):
+            row: dict[str, Any] = {
+                "prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected),
+            }  # fmt: skip
+            if reference is not None:
+                row |= {"ref_chosen_logps": float(reference[k][0]), "ref_rejected_logps": float(reference[k][1])}
+            rows.append(row)
+        return self._trainer.data_collator(rows)
+
+    def gradient(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
+        """The default computes the reference in the step; with ``reference`` it is the cached one."""
+        self._optimizer.zero_grad()
+        self._trainer.precompute_ref_logps = reference is not None
+        passes_ = range(0, len(pairs), MICRO)
+        self._trainer.current_gradient_accumulation_steps = len(passes_)
+        total = 0.0
+        for start in passes_:
+            mine = None if reference is None else reference[start : start + MICRO]
+            batch = self._collate(pairs[start : start + MICRO], mine)
+            total += float(self._trainer.training_step(self._trainer.model, batch))
+        return total
+
+    def step(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
+        loss = self.gradient(pairs, reference)
+        torch.nn.utils.clip_grad_norm_(list(self._named.values()), 1.0)
+        self._optimizer.step()
+        return loss
+
+    def gradients(self) -> dict[str, Tensor]:
+        out = {}
+        for name, parameter in self._named.items():
+            assert parameter.grad is not None
+            out[name] = parameter.grad.float().clone()
+        return out
+
+
+# -------------------------------------------------------------------------------------------- measuring
+
+
+def cpu_s(step: Callable[[], Any]) -> float:
+    started = time.process_time()
+    step()
+    return time.process_time() - started
+
+
+def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """CPU seconds of each, the best of the rounds after one to warm up."""
+    best = dict.fromkeys(sides, float("inf"))
+    for k in range(rounds + 1):
+        for name, step in sides.items():
+            spent = cpu_s(step)
+            print(f"  {name}: {spent:.2f} CPU s" + (" (warm-up)" if k == 0 else ""), file=sys.stderr, flush=True)
+            if k:
+                best[name] = min(best[name], spent)
+    return best
+
+
+def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    error = sum(float((found[n] - expected[n]).double().square().sum()) for n in expected)
+    return float((error / sum(float(t.double().square().sum()) for t in expected.values())) ** 0.5)
+
+
+def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
+    """The matrix products of one step with a cached reference, alone: layers, LoRA and head, forward and backward."""
+    answers = [a for p in pairs for a in p.answers]
+    tokens = packed_tokens(answers)
+    predicted = sum(len(a.completion_ids) for a in answers)
+    head = base.model.get_output_embeddings()
+    linears = [m for m in base.model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    shapes = {tuple(m.weight.shape): m.weight for m in linears}
+    x = {shape: torch.randn(tokens, shape[1]).to(base.dtype) for shape in shapes}
+    g = {shape: torch.randn(tokens, shape[0]).to(base.dtype) for shape in shapes}
+    branch = {s: (torch.randn(RANK, s[1]).to(base.dtype), torch.randn(s[0], RANK).to(base.dtype)) for s in shapes}
+    hidden = torch.randn(predicted, head.weight.shape[1]).to(base.dtype)
+    logits = torch.randn(128, head.weight.shape[0]).to(base.dtype)
+
+    def products() -> None:
+        for linear in linears:
+            shape = tuple(linear.weight.shape)
+            a, b = branch[shape]
+            _ = x[shape] @ linear.weight.t(), g[shape] @ linear.weight
+            h = x[shape] @ a.t()
+            t = g[shape] @ b
+            _ = h @ b.t(), t @ a, h.t() @ g[shape], t.t() @ x[shape]
+        for start in range(0, predicted, 128):
+            rows = hidden[start : start + 128]
+            _ = rows @ head.weight.t(), logits[: len(rows)] @ head.weight
+
+    with torch.no_grad():
+        return min(cpu_s(products) for _ in range(3))
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def peak_bytes(side: str, dtype: str, data_dir: Path, count: int) -> None:
+    """In a process of its own: print by how much two steps raise the peak of resident memory."""
+    base = load_base("smollm2", data_dir, dtype=dtype, device="cpu")
+    pairs = make_pairs(text_ids(base.tokenizer), count, SYSTEM_TOKENS, (162, 210), (48, 96))
+    with tempfile.TemporaryDirectory() as folder:
+        stepper: Ours | Trl = (
+            Ours(base) if side == "ours" else Trl(base, Path(folder), checkpointing=side == "trl-checkpointing")
+        )
+        for parameter in base.model.parameters():
+            parameter.float().sum()  # mapped pages count once they were read
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+        before = _status_bytes("VmRSS")
+        for _ in range(2):
+            stepper.step(pairs)
+        print(json.dumps({"peak_bytes": _status_bytes("VmHWM") - before}))
+
+
+def _status_bytes(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(key + ":")))
+
+
+def measured_peak(side: str, dtype: str, data_dir: Path, count: int) -> float:
+    command = [sys.executable, __file__, "--peak", side, "--dtype", dtype, "--data-dir", str(data_dir)]
+    run = subprocess.run([*command, "--pairs", str(count)], capture_output=True, text=True, check=True)
+    found = float(json.loads(run.stdout.strip().splitlines()[-1])["peak_bytes"])
+    print(f"  peak of {side}, {dtype}, {count} pairs: {found / 1e6:.0f} MB", file=sys.stderr, flush=True)
+    return found
+
+
+class Bench:
+    """What is measured, for one dtype at a time; goals and details accumulate."""
+
+    def __init__(self, args: argparse.Namespace, data_dir: Path, folder: Path) -> None:
+        self.args = args
+        self.data_dir = data_dir
+        self.folder = folder
+        self.goals: list[harness.Goal] = []
+        self.details: dict[str, Any] = {}
+        self._fp32_gradient: dict[str, Tensor] = {}
+
+    def goal(self, name: str, value: float, target: str = "reported") -> None:
+        self.goals.append(harness.Goal(name, value, target))
+        print(f"{name}: {value:.4g} ({target})", file=sys.stderr, flush=True)
+
+    def run(self, dtype: str) -> None:
+        ours_base, trl_base = (load_base("smollm2", self.data_dir, dtype=dtype, device="cpu") for _ in range(2))
+        ids = text_ids(ours_base.tokenizer)
+        pairs = make_pairs(ids, MICRO, SYSTEM_TOKENS, (162, 210), (48, 96))
+        trl = Trl(trl_base, self.folder)
+        ours = Ours(ours_base)
+        self.equality(dtype, ours, trl, pairs)
+        self.speed(dtype, ours, trl, pairs, ours_base)
+        rounds = 1
+        if not self.args.quick:
+            many = make_pairs(ids, 16, SYSTEM_TOKENS, (162, 210), (48, 96))
+            self.against(f"{dtype}, 16 pairs", ours, trl, many, rounds)
+        agents = make_pairs(ids, MICRO, LONG_SYSTEM_TOKENS, (230, 280), (48, 96))
+        spent = alternate({"trl": lambda: trl.step(agents), "ours": lambda: ours.step(agents)}, rounds)
+        self.details[f"{dtype}, agent steps"] = spent
+        self.goal(
+            f"{dtype}: 4 pairs behind a 1024-token system prompt, TRL / ours", spent["trl"] / spent["ours"], ">= 5"
+        )
+
+    def equality(self, dtype: str, ours: Ours, trl: Trl, pairs: Sequence[Pair]) -> None:
+        expected_loss, found_loss = trl.gradient(pairs), ours.gradient(pairs)
+        expected, found = trl.gradients(), ours.gradients()
+        if dtype == "float32":
+            self._fp32_gradient = expected
+            worst = max(relative({n: found[n]}, {n: expected[n]}) for n in expected)
+            self.goal("float32: loss, relative difference", abs(found_loss - expected_loss) / expected_loss, "<= 1e-5")
+            self.goal("float32: gradient, relative difference", relative(found, expected), "<= 1e-4")
+            self.goal("float32: gradient of the worst tensor, relative difference", worst)
+            return
+        if not self._fp32_gradient:
+            return
+        theirs = relative(expected, self._fp32_gradient)
+        mine = relative(found, self._fp32_gradient)
+        self.goal("bfloat16: error of TRL's gradient against float32", theirs)
+        self.goal("bfloat16: error of our gradient against float32", mine)
+        self.goal("bfloat16: our error / TRL's", mine / theirs, "<= 1")
+
+    def speed(self, dtype: str, ours: Ours, trl: Trl, pairs: Sequence[Pair], base: Base) -> None:
+        spent = self.against(f"{dtype}, 4 pairs", ours, trl, pairs, 1 if self.args.quick else 2)
+        self.goal(
+            f"{dtype}, 4 pairs: matrix products alone / our cached step",
+            floor_s(base, pairs) / spent["ours, cached"],
+            ">= 0.65",
+        )
+
+    def against(self, name: str, ours: Ours, trl: Trl, pairs: Sequence[Pair], rounds: int) -> dict[str, float]:
+        mine, theirs = ours.reference(pairs), trl.reference(pairs)
+        sides = {
+            "trl": lambda: trl.step(pairs),
+            "ours": lambda: ours.step(pairs),
+            "trl, cached": lambda: trl.step(pairs, theirs),
+            "ours, cached": lambda: ours.step(pairs, mine),
+        }
+        spent = alternate(sides, rounds)
+        self.details[name] = spent | {
+            "tokens": sum(len(a.fed) for p in pairs for a in p.answers),
+            "packed_tokens": packed_tokens([a for p in pairs for a in p.answers]),
+        }
+        self.goal(f"{name}: reference in the step, TRL / ours", spent["trl"] / spent["ours"], ">= 4")
+        self.goal(f"{name}: cached reference, TRL / ours", spent["trl, cached"] / spent["ours, cached"], ">= 4")
+        self.goal(
+            f"{name}: TRL's default / ours with a cached reference", spent["trl"] / spent["ours, cached"], ">= 5.5"
+        )
+        return spent
+
+    def product(self, dtype: str) -> None:
+        """24 pairs of an agent's steps, as in this project's updates: long shared prompts, answers of a few tokens."""
+        bases = [load_base("smollm2", self.data_dir, dtype=dtype, device="cpu") for _ in range(2)]
+        pairs = make_pairs(text_ids(bases[0].tokenizer), 24, 200, (30, 70), (5, 10))
+        usual = make_pairs(text_ids(bases[0].tokenizer), MICRO, SYSTEM_TOKENS, (162, 210), (48, 96))
+        ours, generic = Ours(bases[0]), Ours(bases[1], generic=True)
+        for name, batch in (("24 pairs of short agent steps", pairs), ("4 pairs", usual)):
+            cached = ours.reference(batch)
+            sides = {
+                "generic": lambda batch=batch, cached=cached: generic.step(batch, cached),
+                "ours": lambda batch=batch, cached=cached: ours.step(batch, cached),
+            }
+            spent = alternate(sides, 2)
+            self.details[f"{dtype}, {name}, paths"] = spent
+            self.goal(
+                f"{dtype}, {name}: model-agnostic path / hand-written layers", spent["generic"] / spent["ours"], ">= 1"
+            )
+
+    def memory(self, dtype: str) -> None:
+        found = {s: measured_peak(s, dtype, self.data_dir, MICRO) for s in ("trl", "trl-checkpointing", "ours")}
+        found["ours, 16 pairs"] = measured_peak("ours", dtype, self.data_dir, 16)
+        self.details[f"{dtype}, peak bytes above the weights"] = found
+        self.goal(f"{dtype}: peak memory above the weights, ours / TRL", found["ours"] / found["trl"], "<= 0.25")
+        name = f"{dtype}: the same against TRL with gradient checkpointing, which costs it a pass more"
+        self.goal(name, found["ours"] / found["trl-checkpointing"])
+        self.goal(f"{dtype}: our peak, 16 pairs / 4", found["ours, 16 pairs"] / found["ours"])
+
+
+def main() -> None:
+    parser = harness.options(__doc__)
+    parser.add_argument("--data-dir", type=Path, help="keeps the converted model between runs")
+    parser.add_argument("--only", choices=["trl", "paths", "memory"], help="one part of it; nothing is kept")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them")
+    parser.add_argument("--peak", choices=["ours", "trl", "trl-checkpointing"], help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=MICRO, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.peak:
+        peak_bytes(args.peak, args.dtype, args.data_dir, args.pairs)
+        return
+    if args.only != "paths":
+        try:
+            import trl  # noqa: F401
+        except ImportError as e:
+            raise SystemExit(f"{e.name} is missing: pip install 'gradatim[bench]', or --only paths") from e
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, args.data_dir or Path(folder) / "data", Path(folder))
+        for dtype in (
+            [args.dtype] if args.dtype else ["float32", "bfloat16"]
+        ):  # float32 first: it is what bfloat16 is compared with
+            if args.only in (None, "trl"):
+                bench.run(dtype)
+            if args.only in (None, "paths"):
+                bench.product(dtype)
+            if args.only in (None, "memory"):
+                bench.memory(dtype)
+    args.quick = args.quick or bool(args.only or args.dtype)
+    harness.report("bench_dpo_step", bench.goals, bench.details, args)
+
+
+if __name__ == "__main__":
+    main()
