@@ -330,16 +330,36 @@ class _Head(torch.autograd.Function):
 def score(model: Any, answers: Sequence[Answer]) -> list[Scored]:
     """Log-probabilities of answers, in one pass, differentiable where gradients are on. ValueError, ModelError."""
     packed = pack(answers)
+    return _predict(_hidden(model, packed), model.get_output_embeddings().weight, packed, answers)
+
+
+def drawn(model: Any, answers: Sequence[Answer], generator: torch.Generator) -> Tensor:
+    """Log-probabilities (R,) of tokens that the model draws itself, one at every row that predicts a token of an
+    answer; differentiable. The rows' contexts are the answers', so this is no text. ``generator`` is on the CPU."""
+    packed = pack(answers)
+    hidden = _hidden(model, packed)
+    weight = model.get_output_embeddings().weight
+    hidden = hidden[torch.tensor(sorted({r for rows in packed.rows for r in rows}), device=hidden.device)]  # (R, H)
+    with torch.no_grad():
+        chances = [(h @ weight.t()).float().softmax(1).cpu() for h in torch.split(hidden, HEAD_ROWS)]
+        labels = torch.cat([p.multinomial(1, generator=generator)[:, 0] for p in chances]).to(hidden.device)  # (R,)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    logprobs: Tensor = _Head.apply(hidden, weight, rows, labels)[0]  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def _hidden(model: Any, packed: Pack) -> Tensor:
+    """The last hidden states (N, H) of a packed row, by the model's own layers."""
     device = model.get_output_embeddings().weight.device
     tree = _Tree(packed.blocks, [b.end - b.start for b in packed.blocks])
     with _attention(model):
-        hidden = model.base_model(
+        hidden: Tensor = model.base_model(
             input_ids=torch.tensor([packed.token_ids], device=device),
             position_ids=torch.tensor([packed.position_ids], device=device),
             use_cache=False,
             tree=tree,
-        ).last_hidden_state[0]  # (N, H)
-    return _predict(hidden, model.get_output_embeddings().weight, packed, answers)
+        ).last_hidden_state[0]
+    return hidden
 
 
 def _predict(hidden: Tensor, weight: Tensor, packed: Pack, answers: Sequence[Answer]) -> list[Scored]:
