@@ -65,6 +65,8 @@ class LearnerConfig:
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
     kl_limit: float = 0.3  # nats a token between candidate and live on replayed answers: a step past it is taken back
+    ewc: float = 0.2  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
+    agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
     epochs: int = 2  # passes over the new examples in one update
     batch: int = 16  # examples in one gradient step, replay included
     replay_share: float = 0.5

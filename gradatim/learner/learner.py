@@ -19,7 +19,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,12 +27,15 @@ from torch import Tensor
 
 from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, GradatimError, LearnerError
+from gradatim.learner import forgetting
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.forgetting import Elastic
 from gradatim.learner.run import Run, summary
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
+from gradatim.nn.fisher import Fisher, gathering
 from gradatim.nn.lora import (
     TMP_PREFIX,
     Lora,
@@ -41,11 +44,12 @@ from gradatim.nn.lora import (
     digest,
     fresh_weights,
     read_adapter,
+    read_fisher,
     read_state,
     relative_norm,
     write_adapter,
 )
-from gradatim.nn.pack import Scored, packed_tokens, passes, score
+from gradatim.nn.pack import Scored, drawn, packed_tokens, passes, score
 from gradatim.types import Adapter, AdapterId, Example, Update
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,14 @@ PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the
 
 class _RefusedError(Exception):
     """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What an adapter's folder holds besides its weights, for its children to go on from."""
+
+    state: Mapping[str, Tensor]  # the optimiser's
+    fisher: Mapping[str, Tensor]  # of elastic weight consolidation
 
 
 class LoraLearner:
@@ -92,8 +104,8 @@ class LoraLearner:
             if not run.new:
                 reasons = "; ".join(sorted(set(run.dropped))[:3]) or "none was given"
                 raise _RefusedError(f"no usable example: {reasons}")
-            weights, state, extra = self._train(run, parent, step)
-            adapter = self._save(weights, state, parent, step, update_id)
+            weights, beside, extra = self._train(run, parent, step)
+            adapter = self._save(weights, beside, parent, step, update_id)
         except GradatimError:
             raise  # of the parent or the disk: the same examples are worth another try
         except (_RefusedError, RuntimeError) as e:  # torch's own too, or a batch that breaks it is tried for ever
@@ -123,7 +135,8 @@ class LoraLearner:
         update_id = f"update-{uuid.uuid4().hex}"
         folder = self._data_dir / adapter.path
         weights = blend(self._start(parent)[0], read_adapter(folder, adapter.sha256), 0.5)
-        made = self._save(weights, read_state(folder), parent, step, update_id)
+        beside = Beside(read_state(folder), _kept_fisher(folder))
+        made = self._save(weights, beside, parent, step, update_id)
         changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
         changed["delta_norm"] = relative_norm(self._base.model, weights)
         kept = {name: value for name, value in update.metrics.items() if not name.endswith("_after")}
@@ -172,20 +185,35 @@ class LoraLearner:
 
     # ----------------------------------------------------------------------------------------- training
 
-    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
+    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, Beside, dict[str, float]]:
         weights, state = self._start(parent)
+        kept = _kept_fisher(self._data_dir / parent.path) if parent.step and self._config.ewc else {}
+        elastic = Elastic(weights, kept, self._config.ewc)
         with self._trainable.training(weights) as lora:
             optimizer = _optimizer(lora, state)
             started_s = time.monotonic()
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
-            self._walk(run, lora, optimizer, batches, warm_up=not state)
+            self._walk(run, lora, optimizer, elastic, batches, warm_up=not state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
                 raise _RefusedError("the weights are not finite")
             size = {"delta_norm": relative_norm(self._base.model, made)}
-            return made, optimizer.state(), self._probe(run) | size
+            fisher = elastic.renewed(run, lora, self._fisher(run, made, step)) if elastic.enabled else {}
+            return made, Beside(optimizer.state(), fisher), self._probe(run) | size
+
+    def _fisher(self, run: Run, made: LoraWeights, step: int) -> Fisher:
+        """Of the new weights, on contexts of this update, with labels that they draw themselves."""
+        answers = forgetting.contexts(run.new, run.replay)
+        generator = torch.Generator().manual_seed(self._config.seed + 7919 * step)
+        labels = 0
+        with gathering(self._trainable.model, tuple(made.modules)) as gathered:
+            for members in passes([[a] for a in answers], PASS_TOKENS):
+                logprobs = drawn(self._trainable.model, [answers[m] for m in members], generator)
+                torch.autograd.backward(logprobs.sum())
+                labels += len(logprobs)
+        return gathered.fisher(max(1, labels))
 
     def _batches(self, run: Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
@@ -205,6 +233,7 @@ class LoraLearner:
         run: Run,
         lora: Lora,
         optimizer: FlatAdam,
+        elastic: Elastic,
         batches: Sequence[Sequence[Item]],
         *,
         warm_up: bool,
@@ -215,7 +244,7 @@ class LoraLearner:
         first = lora.flat.detach().clone()
         last = first.clone()
         for batch in batches:
-            if self._step(run, lora, batch):
+            if self._gradient(run, lora, batch):
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
                 lr *= 0.5
@@ -223,6 +252,7 @@ class LoraLearner:
                     break
                 continue
             last.copy_(lora.flat.detach())
+            elastic.pull(run, lora)
             _descend(run, lora, optimizer, lr * (0.5 if warm_up and run.steps == 0 else 1.0))
         else:
             run.drifted(self._drift(run, batches[-1]))
@@ -250,9 +280,26 @@ class LoraLearner:
         for item in items:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
 
-    def _step(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
-        """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
+    def _gradient(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
+        """The batch's gradient in ``lora.flat.grad``; true when it has drifted too far from the parent."""
         lora.zero_grad()
+        old = [i for i in batch if i.replayed]
+        if self._config.agem and 0 < len(old) < len(batch):
+            drift = self._step(run, lora, old, of=len(batch))
+            assert lora.flat.grad is not None
+            reference = lora.flat.grad.clone()  # (P,)
+            lora.zero_grad()
+            self._step(run, lora, [i for i in batch if not i.replayed], of=len(batch))
+            forgetting.without_conflict(run, lora.flat.grad, reference)
+            lora.flat.grad.add_(reference)
+        else:
+            drift = self._step(run, lora, batch, of=len(batch))
+        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
+        return run.kl > self._config.kl_limit
+
+    def _step(self, run: Run, lora: Lora, batch: Sequence[Item], of: int) -> list[Tensor]:
+        """Add the gradient of some examples of a batch ``of`` so many, pass by pass; gives how far the replayed ones
+        drifted from the parent, per token."""
         drift: list[Tensor] = []
         for members in passes([i.answers for i in batch], PASS_TOKENS):
             items = [batch[m] for m in members]
@@ -269,10 +316,9 @@ class LoraLearner:
                     drift.append(losses.kl_forward(mine[0].logprobs.detach(), reference[0]))
             if not total.isfinite():
                 raise _RefusedError("the loss is not finite")
-            (total / len(batch)).backward()  # type: ignore[no-untyped-call]
+            (total / of).backward()  # type: ignore[no-untyped-call]
             run.used.update(i.example.id for i in items)
-        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
-        return run.kl > self._config.kl_limit
+        return drift
 
     def _loss(self, run: Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
         """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
@@ -305,13 +351,12 @@ class LoraLearner:
 
     # ------------------------------------------------------------------------------------ what comes out
 
-    def _save(
-        self, weights: LoraWeights, state: Mapping[str, Tensor], parent: Adapter, step: int, update_id: str
-    ) -> Adapter:
+    def _save(self, weights: LoraWeights, beside: Beside, parent: Adapter, step: int, update_id: str) -> Adapter:
         sha = digest(weights)
         path = f"adapters/{self._name.replace('/', '_')}@{step}-{sha[:12]}"
         base_name = str(getattr(self._base.model.config, "_name_or_path", "")) or "base"
-        write_adapter(self._data_dir / path, weights, weights.scaling * weights.rank, base_name, state)
+        alpha = weights.scaling * weights.rank
+        write_adapter(self._data_dir / path, weights, alpha, base_name, beside.state, beside.fisher)
         return Adapter(
             id=AdapterId(f"{self._name}@{step}"),
             name=self._name,
@@ -323,6 +368,15 @@ class LoraLearner:
             created_at=time.time(),
             update_id=update_id,
         )
+
+
+def _kept_fisher(folder: Path) -> Mapping[str, Tensor]:
+    """Of an adapter's folder; empty where it holds none, or a damaged one."""
+    try:
+        return read_fisher(folder)
+    except AdapterError as e:
+        log.error("the Fisher information starts afresh: %s", e)
+        return {}
 
 
 # -------------------------------------------------------------------------------------------- optimiser
