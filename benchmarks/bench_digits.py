@@ -81,12 +81,11 @@ def learn(arm: str, stream: Stream, seed: int, strength: float, epochs: int) -> 
         x, y = torch.cat(seen), stream.train_labels.repeat(len(seen))
         for _ in range(epochs):
             for part in torch.split(torch.randperm(len(x)), BATCH):
-                loss = F.cross_entropy(model(x[part]), y[part])
-                if arm == "ewc" and task:
-                    loss = loss + past.penalty(strength)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(model(x[part]), y[part]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
+                if arm == "ewc":
+                    past.step(strength, LR)
         if arm == "ewc":
             some = images[torch.randperm(len(images))[:FISHER_IMAGES]]
             past.remember(diagonal_fisher(model, some, draw))

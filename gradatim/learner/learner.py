@@ -19,38 +19,27 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gradatim.config import LearnerConfig
-from gradatim.errors import AdapterError, GradatimError, LearnerError
-from gradatim.learner import forgetting
+from gradatim.errors import GradatimError
+from gradatim.learner import direction, forgetting, lineage
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.forgetting import Elastic
+from gradatim.learner.lineage import Beside
 from gradatim.learner.run import Run, summary
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
 from gradatim.nn.fisher import Fisher, gathering
-from gradatim.nn.lora import (
-    TMP_PREFIX,
-    Lora,
-    LoraWeights,
-    blend,
-    digest,
-    fresh_weights,
-    read_adapter,
-    read_fisher,
-    read_state,
-    relative_norm,
-    write_adapter,
-)
+from gradatim.nn.lora import TMP_PREFIX, Lora, LoraWeights, blend, read_adapter, relative_norm
 from gradatim.nn.pack import Scored, drawn, packed_tokens, passes, score
-from gradatim.types import Adapter, AdapterId, Example, Update
+from gradatim.types import Adapter, Example, Update
 
 log = logging.getLogger(__name__)
 
@@ -64,14 +53,6 @@ PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the
 
 class _RefusedError(Exception):
     """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
-
-
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What an adapter's folder holds besides its weights, for its children to go on from."""
-
-    state: Mapping[str, Tensor]  # the optimiser's
-    fisher: Mapping[str, Tensor]  # of elastic weight consolidation
 
 
 class LoraLearner:
@@ -121,7 +102,7 @@ class LoraLearner:
             replay_ids=tuple(i.example.id for i in run.replay if i.example.id in run.used),
             kinds=Counter(i.example.origin for i in run.new),
             metrics=run.metrics() | extra,
-            refused_because=refused,
+            refused_because=refused or run.left_out,
             duration_s=time.monotonic() - started_s,
         )
         return update, adapter
@@ -135,8 +116,7 @@ class LoraLearner:
         update_id = f"update-{uuid.uuid4().hex}"
         folder = self._data_dir / adapter.path
         weights = blend(self._start(parent)[0], read_adapter(folder, adapter.sha256), 0.5)
-        beside = Beside(read_state(folder), _kept_fisher(folder))
-        made = self._save(weights, beside, parent, step, update_id)
+        made = self._save(weights, lineage.beside(folder), parent, step, update_id)
         changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
         changed["delta_norm"] = relative_norm(self._base.model, weights)
         kept = {name: value for name, value in update.metrics.items() if not name.endswith("_after")}
@@ -149,6 +129,12 @@ class LoraLearner:
             duration_s=time.monotonic() - started_s,
         )
         return record, made
+
+    def _start(self, parent: Adapter) -> tuple[LoraWeights, Beside]:
+        return lineage.start(self._base, self._config, self._data_dir, parent)
+
+    def _save(self, weights: LoraWeights, beside: Beside, parent: Adapter, step: int, update_id: str) -> Adapter:
+        return lineage.save(self._base, self._data_dir, self._name, weights, beside, parent, step, update_id)
 
     # ------------------------------------------------------------------------------------- what goes in
 
@@ -166,35 +152,17 @@ class LoraLearner:
                 (run.replay if replayed else run.new).append(fitted)
         return run
 
-    def _start(self, parent: Adapter) -> tuple[LoraWeights, Mapping[str, Tensor]]:
-        """The parent's weights and optimiser state; fresh ones for the base."""
-        if parent.base_sha256 != self._base.sha256:
-            raise LearnerError(f"{parent.id} was trained on another base model ({parent.base_sha256[:12]})")
-        if parent.step == 0:
-            config = self._config
-            return fresh_weights(self._base.model, config.rank, config.alpha, config.seed), {}
-        folder = self._data_dir / parent.path
-        weights = read_adapter(folder, parent.sha256)
-        if weights.rank != self._config.rank:
-            log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, self._config.rank)
-        try:
-            return weights, read_state(folder)
-        except AdapterError as e:
-            log.error("the optimiser starts afresh: %s", e)
-            return weights, {}
-
     # ----------------------------------------------------------------------------------------- training
 
     def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, Beside, dict[str, float]]:
-        weights, state = self._start(parent)
-        kept = _kept_fisher(self._data_dir / parent.path) if parent.step and self._config.ewc else {}
-        elastic = Elastic(weights, kept, self._config.ewc)
+        weights, beside = self._start(parent)
+        elastic = Elastic(weights, beside.fisher, self._config.ewc)
         with self._trainable.training(weights) as lora:
-            optimizer = _optimizer(lora, state)
+            optimizer = _optimizer(lora, beside.state)
             started_s = time.monotonic()
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
-            self._walk(run, lora, optimizer, elastic, batches, warm_up=not state)
+            self._walk(run, lora, optimizer, elastic, batches, warm_up=not beside.state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
@@ -224,9 +192,47 @@ class LoraLearner:
         taught = [i for i in run.new if i.example.id not in known]
         if not taught:
             raise _RefusedError(f"nothing to learn: the live adapter gives all of these {len(known)} answers already")
+        taught = self._gate(run, taught)
         rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
         random.Random(seed).shuffle(rehearsed)
         return list(steps(taught, rehearsed, self._config, seed))
+
+    def _gate(self, run: Run, new: list[Item]) -> list[Item]:
+        """The new examples that may move the weights; the others leave the update, with a reason."""
+        judged = direction.judge(new, direction.trusted(run.replay), self._measure(run), self._config.gate_cosine)
+        run.figures |= judged.metrics
+        run.left_out = judged.reason()
+        if run.left_out:
+            log.warning("%s", run.left_out)
+        allowed = [i for i in new if i.example.id not in judged.against]
+        if not allowed:
+            raise _RefusedError(run.left_out)
+        run.new = [i for i in run.new if i.example.id not in judged.against]
+        return [i.scaled(judged.scale[i.example.id]) if i.example.id in judged.scale else i for i in allowed]
+
+    def _measure(self, run: Run) -> direction.Measure:
+        """Claims and losses at the weights as they are, without a trace in the run's figures."""
+        lora, model = self._trainable.lora, self._trainable.model
+
+        def claim_gradient(items: Sequence[Item]) -> Tensor:
+            lora.zero_grad()
+            for members in passes([i.answers for i in items], PASS_TOKENS):
+                some = [items[m] for m in members]
+                scored = score(model, [a for i in some for a in i.answers])
+                total = torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in some])
+                torch.autograd.backward(total.sum() / len(items))
+            return lora.gradient()
+
+        def claims(items: Sequence[Item]) -> Tensor:
+            scored = self._trainable.score([a for i in items for a in i.answers])
+            return torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in items]).cpu()
+
+        def loss_gradient(items: Sequence[Item]) -> Tensor:
+            lora.zero_grad()
+            self._step(Run([], [], [], reference=run.reference), lora, items, of=len(items))
+            return lora.gradient()
+
+        return direction.Measure(lora.flat, claim_gradient, claims, loss_gradient)
 
     def _walk(
         self,
@@ -286,10 +292,10 @@ class LoraLearner:
         old = [i for i in batch if i.replayed]
         if self._config.agem and 0 < len(old) < len(batch):
             drift = self._step(run, lora, old, of=len(batch))
-            assert lora.flat.grad is not None
-            reference = lora.flat.grad.clone()  # (P,)
+            reference = lora.gradient()
             lora.zero_grad()
             self._step(run, lora, [i for i in batch if not i.replayed], of=len(batch))
+            assert lora.flat.grad is not None
             forgetting.without_conflict(run, lora.flat.grad, reference)
             lora.flat.grad.add_(reference)
         else:
@@ -348,35 +354,6 @@ class LoraLearner:
         scored = self._trainable.score([a for i in items for a in i.answers])
         after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
         return summary(items, run.reference, "before") | summary(items, after, "after")
-
-    # ------------------------------------------------------------------------------------ what comes out
-
-    def _save(self, weights: LoraWeights, beside: Beside, parent: Adapter, step: int, update_id: str) -> Adapter:
-        sha = digest(weights)
-        path = f"adapters/{self._name.replace('/', '_')}@{step}-{sha[:12]}"
-        base_name = str(getattr(self._base.model.config, "_name_or_path", "")) or "base"
-        alpha = weights.scaling * weights.rank
-        write_adapter(self._data_dir / path, weights, alpha, base_name, beside.state, beside.fisher)
-        return Adapter(
-            id=AdapterId(f"{self._name}@{step}"),
-            name=self._name,
-            step=step,
-            base_sha256=self._base.sha256,
-            parent_id=parent.id,
-            sha256=sha,
-            path=path,
-            created_at=time.time(),
-            update_id=update_id,
-        )
-
-
-def _kept_fisher(folder: Path) -> Mapping[str, Tensor]:
-    """Of an adapter's folder; empty where it holds none, or a damaged one."""
-    try:
-        return read_fisher(folder)
-    except AdapterError as e:
-        log.error("the Fisher information starts afresh: %s", e)
-        return {}
 
 
 # -------------------------------------------------------------------------------------------- optimiser

@@ -57,3 +57,11 @@ class Consolidation:
             for p, f, w in zip(self._parameters, self._fisher, self._weighted, strict=True)
         ]
         return 0.5 * strength * (torch.stack(terms).sum() + self._constant)
+
+    @torch.no_grad()
+    def step(self, strength: float, lr: float) -> None:
+        """What the penalty alone does to the parameters in a gradient step of ``lr``, implicitly: its proximal
+        operator (Parikh 2014, Foundations and Trends in Optimization 1(3), sec. 6.1.1), in place. The explicit step
+        diverges where ``lr lambda F_i > 2``; this one never does."""
+        for p, f, w in zip(self._parameters, self._fisher, self._weighted, strict=True):
+            p.addcmul_(w, torch.tensor(lr * strength)).div_(1.0 + lr * strength * f)

@@ -331,6 +331,11 @@ class Lora:
         if self.flat.grad is not None:
             self.flat.grad.zero_()
 
+    def gradient(self) -> Tensor:
+        """A copy (P,) of what backward passes added up since the last ``zero_grad``."""
+        assert self.flat.grad is not None, "loaded without gradients"
+        return self.flat.grad.clone()
+
     def weights(self) -> LoraWeights | None:
         """A copy, on the CPU, of the adapter as it is now."""
         if not self._branches:
