@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 
 from gradatim.config import LearnerConfig
@@ -39,6 +39,10 @@ class Item:
         both = zip(self.chosen.completion_ids, self.rejected.completion_ids, strict=False)
         fork = next((k for k, (good, bad) in enumerate(both) if good != bad), None)
         return slice(None) if fork is None else slice(fork, fork + 1)
+
+    def scaled(self, factor: float) -> Item:
+        """The same with that part of its weight."""
+        return replace(self, example=replace(self.example, weight=factor * self.example.weight))
 
     @property
     def answers(self) -> list[Answer]:

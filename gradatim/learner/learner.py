@@ -22,28 +22,21 @@ import torch
 from torch import Tensor
 
 from gradatim.config import LearnerConfig
-from gradatim.errors import AdapterError, GradatimError, LearnerError
+from gradatim.errors import GradatimError
+from gradatim.learner import direction, forgetting, lineage
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.forgetting import Elastic
+from gradatim.learner.lineage import Beside
 from gradatim.learner.objectives import Objectives, Scores, is_silent
 from gradatim.learner.run import Run, summary
 from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
-from gradatim.nn.lora import (
-    TMP_PREFIX,
-    Lora,
-    LoraWeights,
-    blend,
-    digest,
-    fresh_weights,
-    read_adapter,
-    read_state,
-    relative_norm,
-    write_adapter,
-)
-from gradatim.nn.pack import Scored, packed_tokens, passes
-from gradatim.types import Adapter, AdapterId, Example, Update
+from gradatim.nn.fisher import Fisher, gathering
+from gradatim.nn.lora import TMP_PREFIX, Lora, LoraWeights, blend, read_adapter, relative_norm
+from gradatim.nn.pack import Scored, drawn, packed_tokens, passes
+from gradatim.types import Adapter, Example, Update
 
 log = logging.getLogger(__name__)
 
@@ -88,8 +81,8 @@ class LoraLearner:
             if not run.new:
                 reasons = "; ".join(sorted(set(run.dropped))[:3]) or "none was given"
                 raise _RefusedError(f"no usable example: {reasons}")
-            weights, state, extra = self._train(run, parent, step)
-            adapter = self._save(weights, state, parent, step, update_id)
+            weights, beside, extra = self._train(run, parent, step)
+            adapter = self._save(weights, beside, parent, step, update_id)
         except GradatimError:
             raise  # of the parent or the disk: the same examples are worth another try
         except (_RefusedError, RuntimeError) as e:  # torch's own too, or a batch that breaks it is tried for ever
@@ -105,7 +98,7 @@ class LoraLearner:
             replay_ids=tuple(i.example.id for i in run.replay if i.example.id in run.used),
             kinds=Counter(i.example.origin for i in run.new),
             metrics=run.metrics() | extra,
-            refused_because=refused,
+            refused_because=refused or run.left_out,
             duration_s=time.monotonic() - started_s,
         )
         return update, adapter
@@ -119,7 +112,7 @@ class LoraLearner:
         update_id = f"update-{uuid.uuid4().hex}"
         folder = self._data_dir / adapter.path
         weights = blend(self._start(parent)[0], read_adapter(folder, adapter.sha256), 0.5)
-        made = self._save(weights, read_state(folder), parent, step, update_id)
+        made = self._save(weights, lineage.beside(folder), parent, step, update_id)
         changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
         changed["delta_norm"] = relative_norm(self._base.model, weights)
         kept = {name: value for name, value in update.metrics.items() if not name.endswith("_after")}
@@ -132,6 +125,12 @@ class LoraLearner:
             duration_s=time.monotonic() - started_s,
         )
         return record, made
+
+    def _start(self, parent: Adapter) -> tuple[LoraWeights, Beside]:
+        return lineage.start(self._base, self._config, self._data_dir, parent)
+
+    def _save(self, weights: LoraWeights, beside: Beside, parent: Adapter, step: int, update_id: str) -> Adapter:
+        return lineage.save(self._base, self._data_dir, self._name, weights, beside, parent, step, update_id)
 
     # ------------------------------------------------------------------------------------- what goes in
 
@@ -149,41 +148,38 @@ class LoraLearner:
                 (run.replay if replayed else run.new).append(fitted)
         return run
 
-    def _start(self, parent: Adapter) -> tuple[LoraWeights, Mapping[str, Tensor]]:
-        """The parent's weights and optimiser state; fresh ones for the base."""
-        if parent.base_sha256 != self._base.sha256:
-            raise LearnerError(f"{parent.id} was trained on another base model ({parent.base_sha256[:12]})")
-        if parent.step == 0:
-            config = self._config
-            return fresh_weights(self._base.model, config.rank, config.alpha, config.seed), {}
-        folder = self._data_dir / parent.path
-        weights = read_adapter(folder, parent.sha256)
-        if weights.rank != self._config.rank:
-            log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, self._config.rank)
-        try:
-            return weights, read_state(folder)
-        except AdapterError as e:
-            log.error("the optimiser starts afresh: %s", e)
-            return weights, {}
-
     # ----------------------------------------------------------------------------------------- training
 
-    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, dict[str, Tensor], dict[str, float]]:
-        weights, state = self._start(parent)
+    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, Beside, dict[str, float]]:
+        weights, beside = self._start(parent)
         self._objectives = Objectives(self._config)
+        elastic = Elastic(weights, beside.fisher, self._config.ewc)
         with self._trainable.training(weights) as lora:
-            optimizer = _optimizer(lora, state)
+            optimizer = _optimizer(lora, beside.state)
             started_s = time.monotonic()
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._objectives.begin([*run.new, *run.replay], self._trainable.score)
-            self._walk(run, lora, optimizer, batches, warm_up=not state)
+            self._walk(run, lora, optimizer, elastic, batches, warm_up=not beside.state)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
                 raise _RefusedError("the weights are not finite")
             size = {"delta_norm": relative_norm(self._base.model, made)}
-            return made, optimizer.state(), self._probe(run) | size
+            fisher = elastic.renewed(run, lora, self._fisher(run, made, step)) if elastic.enabled else {}
+            return made, Beside(optimizer.state(), fisher), self._probe(run) | size
+
+    def _fisher(self, run: Run, made: LoraWeights, step: int) -> Fisher:
+        """Of the new weights, on contexts of this update, with labels that they draw themselves."""
+        answers = forgetting.contexts(run.new, run.replay)
+        generator = torch.Generator().manual_seed(self._config.seed + 7919 * step)
+        labels = 0
+        with gathering(self._trainable.model, tuple(made.modules)) as gathered:
+            for members in passes([[a] for a in answers], PASS_TOKENS):
+                logprobs = drawn(self._trainable.model, [answers[m] for m in members], generator)
+                torch.autograd.backward(logprobs.sum())
+                labels += len(logprobs)
+        return gathered.fisher(max(1, labels))
 
     def _batches(self, run: Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
@@ -196,6 +192,7 @@ class LoraLearner:
         taught = [i for i in run.new if i.example.id not in skipped]
         if not taught:
             raise _RefusedError(_nothing_to_learn(run))
+        taught = self._gate(run, taught)
         rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
         random.Random(seed).shuffle(rehearsed)
         return list(steps(taught, rehearsed, self._config, seed))
@@ -204,11 +201,49 @@ class LoraLearner:
         teacher = run.teacher.get(item.example.id)
         return teacher is not None and is_silent(run.reference[item.example.id][-1], teacher)
 
+    def _gate(self, run: Run, new: list[Item]) -> list[Item]:
+        """The new examples that may move the weights; the others leave the update, with a reason."""
+        judged = direction.judge(new, direction.trusted(run.replay), self._measure(run), self._config.gate_cosine)
+        run.figures |= judged.metrics
+        run.left_out = judged.reason()
+        if run.left_out:
+            log.warning("%s", run.left_out)
+        allowed = [i for i in new if i.example.id not in judged.against]
+        if not allowed:
+            raise _RefusedError(run.left_out)
+        run.new = [i for i in run.new if i.example.id not in judged.against]
+        return [i.scaled(judged.scale[i.example.id]) if i.example.id in judged.scale else i for i in allowed]
+
+    def _measure(self, run: Run) -> direction.Measure:
+        """Claims and losses at the weights as they are, without a trace in the run's figures."""
+        lora = self._trainable.lora
+
+        def claim_gradient(items: Sequence[Item]) -> Tensor:
+            lora.zero_grad()
+            for members in passes([i.answers for i in items], PASS_TOKENS):
+                some = [items[m] for m in members]
+                scored = self._trainable.forward([a for i in some for a in i.answers])
+                total = torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in some])
+                torch.autograd.backward(total.sum() / len(items))
+            return lora.gradient()
+
+        def claims(items: Sequence[Item]) -> Tensor:
+            scored = self._trainable.score([a for i in items for a in i.answers])
+            return torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in items]).cpu()
+
+        def loss_gradient(items: Sequence[Item]) -> Tensor:
+            lora.zero_grad()
+            self._step(Run([], [], [], reference=run.reference), lora, items, of=len(items))
+            return lora.gradient()
+
+        return direction.Measure(lora.flat, claim_gradient, claims, loss_gradient)
+
     def _walk(
         self,
         run: Run,
         lora: Lora,
         optimizer: FlatAdam,
+        elastic: Elastic,
         batches: Sequence[Sequence[Item]],
         *,
         warm_up: bool,
@@ -219,7 +254,7 @@ class LoraLearner:
         first = lora.flat.detach().clone()
         last = first.clone()
         for batch in batches:
-            if self._step(run, lora, batch):
+            if self._gradient(run, lora, batch):
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
                 lr *= 0.5
@@ -227,6 +262,7 @@ class LoraLearner:
                     break
                 continue
             last.copy_(lora.flat.detach())
+            elastic.pull(run, lora)
             _descend(run, lora, optimizer, lr * (0.5 if warm_up and run.steps == 0 else 1.0))
         else:
             run.drifted(self._drift(run, batches[-1]))
@@ -256,10 +292,27 @@ class LoraLearner:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
         run.teacher |= {example_id: scored.pop(0).logprobs for example_id in hinted}
 
-    def _step(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
-        """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
+    def _gradient(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
+        """The batch's gradient in ``lora.flat.grad``; true when it has drifted too far from the parent."""
         self._objectives.begin_step(self._trainable.score)
         lora.zero_grad()
+        old = [i for i in batch if i.replayed]
+        if self._config.agem and 0 < len(old) < len(batch):
+            drift = self._step(run, lora, old, of=len(batch))
+            reference = lora.gradient()
+            lora.zero_grad()
+            self._step(run, lora, [i for i in batch if not i.replayed], of=len(batch))
+            assert lora.flat.grad is not None
+            forgetting.without_conflict(run, lora.flat.grad, reference)
+            lora.flat.grad.add_(reference)
+        else:
+            drift = self._step(run, lora, batch, of=len(batch))
+        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
+        return run.kl > self._config.kl_limit
+
+    def _step(self, run: Run, lora: Lora, batch: Sequence[Item], of: int) -> list[Tensor]:
+        """Add the gradient of some examples of a batch ``of`` so many, pass by pass; gives how far the replayed ones
+        drifted from the parent, per token."""
         drift: list[Tensor] = []
         for members in passes([i.answers for i in batch], PASS_TOKENS):
             items = [batch[m] for m in members]
@@ -276,10 +329,9 @@ class LoraLearner:
                     drift.append(losses.kl_forward(mine[0].logprobs.detach(), reference[0]))
             if not total.isfinite():
                 raise _RefusedError("the loss is not finite")
-            (total / len(batch)).backward()  # type: ignore[no-untyped-call]
+            (total / of).backward()  # type: ignore[no-untyped-call]
             run.used.update(i.example.id for i in items)
-        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
-        return run.kl > self._config.kl_limit
+        return drift
 
     def _loss(self, run: Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
         """Loss of one example, unweighted: a scalar."""
@@ -293,27 +345,6 @@ class LoraLearner:
         scored = self._trainable.score([a for i in items for a in i.answers])
         after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
         return summary(items, run.reference, "before") | summary(items, after, "after")
-
-    # ------------------------------------------------------------------------------------ what comes out
-
-    def _save(
-        self, weights: LoraWeights, state: Mapping[str, Tensor], parent: Adapter, step: int, update_id: str
-    ) -> Adapter:
-        sha = digest(weights)
-        path = f"adapters/{self._name.replace('/', '_')}@{step}-{sha[:12]}"
-        base_name = str(getattr(self._base.model.config, "_name_or_path", "")) or "base"
-        write_adapter(self._data_dir / path, weights, weights.scaling * weights.rank, base_name, state)
-        return Adapter(
-            id=AdapterId(f"{self._name}@{step}"),
-            name=self._name,
-            step=step,
-            base_sha256=self._base.sha256,
-            parent_id=parent.id,
-            sha256=sha,
-            path=path,
-            created_at=time.time(),
-            update_id=update_id,
-        )
 
 
 def _nothing_to_learn(run: Run) -> str:

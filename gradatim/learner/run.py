@@ -34,6 +34,8 @@ class Run:
     kl_max: float = 0.0
     backtracks: int = 0  # steps that were taken back
     grad_norms: list[float] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)  # of the gate
+    left_out: str = ""  # which new examples it refused, and why
 
     def add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
@@ -68,6 +70,7 @@ class Run:
             "kl": self.kl,
             "kl_max": self.kl_max,
             "backtracks": self.backtracks,
+            **self.figures,
             "grad_norm": sum(self.grad_norms) / len(self.grad_norms) if self.grad_norms else 0.0,
         }
         return {name: float(value) for name, value in out.items() if math.isfinite(value)}

@@ -61,6 +61,17 @@ def predict(hidden: Tensor, weight: Tensor, wanted: Rows) -> list[Scored]:
     return [Scored(p, g) for p, g in zip(*parts, strict=True)]
 
 
+def draw(hidden: Tensor, weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Log-probabilities (R,) of one token drawn at each of the rows (R, H), differentiable. ``generator`` is on the
+    CPU."""
+    with torch.no_grad():
+        chances = [(h @ weight.t()).float().softmax(1).cpu() for h in torch.split(hidden, HEAD_ROWS)]
+        labels = torch.cat([p.multinomial(1, generator=generator)[:, 0] for p in chances]).to(hidden.device)  # (R,)
+    rows = torch.arange(len(hidden), device=hidden.device)
+    logprobs: Tensor = _Head.apply(hidden, weight, rows, labels)[0]  # type: ignore[no-untyped-call]
+    return logprobs
+
+
 class _Head(torch.autograd.Function):
     """log softmax(h W^T)[target], with nothing of size (R, V) kept for the backward pass.
 

@@ -34,6 +34,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "optimizer.safetensors"  # beside the adapter, not part of its digest
 STATE_DIGEST_FILE = "optimizer.sha256"
+FISHER_FILE = "fisher.safetensors"  # likewise: what elastic weight consolidation keeps of the adapter's past
+FISHER_DIGEST_FILE = "fisher.sha256"
 TMP_PREFIX = ".tmp-"  # a folder so named was being written when its process died
 
 _PREFIX = "base_model.model."  # PEFT's, in front of the module's own path
@@ -91,7 +93,15 @@ def read_adapter(folder: Path, sha256: str | None = None) -> LoraWeights:
 
 def read_state(folder: Path) -> dict[str, Tensor]:
     """The tensors that were given as ``extra`` to ``write_adapter``; empty where none were. AdapterError."""
-    path, digest_path = folder / STATE_FILE, folder / STATE_DIGEST_FILE
+    return _read_beside(folder / STATE_FILE, folder / STATE_DIGEST_FILE)
+
+
+def read_fisher(folder: Path) -> dict[str, Tensor]:
+    """The tensors that were given as ``fisher`` to ``write_adapter``; empty where none were. AdapterError."""
+    return _read_beside(folder / FISHER_FILE, folder / FISHER_DIGEST_FILE)
+
+
+def _read_beside(path: Path, digest_path: Path) -> dict[str, Tensor]:
     if not path.exists():
         return {}
     data = _read_bytes(path)
@@ -157,13 +167,18 @@ def _modules(tensors: Mapping[str, Tensor], rank: int, folder: Path) -> dict[str
 
 
 def write_adapter(
-    folder: Path, weights: LoraWeights, alpha: float, base_name: str, extra: Mapping[str, Tensor] | None = None
+    folder: Path,
+    weights: LoraWeights,
+    alpha: float,
+    base_name: str,
+    extra: Mapping[str, Tensor] | None = None,
+    fisher: Mapping[str, Tensor] | None = None,
 ) -> str:
     """Write a PEFT folder that a crash cannot leave half made, and give the digest of its weights.
 
-    ``extra`` (the optimiser's state) goes into a file of its own with its own digest. A folder that exists already
-    is left alone where it holds these weights; otherwise AdapterError, as adapters are never changed in place.
-    AdapterError too where the disk is full or read-only.
+    ``extra`` (the optimiser's state) and ``fisher`` go into files of their own with their own digests. A folder that
+    exists already is left alone where it holds these weights; otherwise AdapterError, as adapters are never changed
+    in place. AdapterError too where the disk is full or read-only.
     """
     sha = digest(weights)
     if folder.exists():
@@ -172,7 +187,10 @@ def write_adapter(
     tmp = folder.parent / f"{TMP_PREFIX}{folder.name}-{os.getpid()}"
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        _write_files(tmp, weights, alpha, base_name, extra or {})
+        _write_files(tmp, weights, alpha, base_name)
+        _write_beside(tmp / STATE_FILE, tmp / STATE_DIGEST_FILE, extra or {})
+        _write_beside(tmp / FISHER_FILE, tmp / FISHER_DIGEST_FILE, fisher or {})
+        _fsync(tmp)
         os.rename(tmp, folder)
         _fsync(folder.parent)
     except OSError as e:
@@ -182,16 +200,18 @@ def write_adapter(
     return sha
 
 
-def _write_files(tmp: Path, weights: LoraWeights, alpha: float, base_name: str, extra: Mapping[str, Tensor]) -> None:
+def _write_files(tmp: Path, weights: LoraWeights, alpha: float, base_name: str) -> None:
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir()
     _write(tmp / CONFIG_FILE, json.dumps(_peft_config(weights, alpha, base_name), indent=2).encode())
     _write(tmp / WEIGHTS_FILE, save_tensors(_named_tensors(weights), metadata={"format": "pt"}))
-    if extra:
-        data = save_tensors(dict(extra), metadata={"format": "pt"})
-        _write(tmp / STATE_FILE, data)
-        _write(tmp / STATE_DIGEST_FILE, hashlib.sha256(data).hexdigest().encode())
-    _fsync(tmp)
+
+
+def _write_beside(path: Path, digest_path: Path, tensors: Mapping[str, Tensor]) -> None:
+    if tensors:
+        data = save_tensors(dict(tensors), metadata={"format": "pt"})
+        _write(path, data)
+        _write(digest_path, hashlib.sha256(data).hexdigest().encode())
 
 
 def _peft_config(weights: LoraWeights, alpha: float, base_name: str) -> dict[str, Any]:
@@ -311,6 +331,11 @@ class Lora:
         if self.flat.grad is not None:
             self.flat.grad.zero_()
 
+    def gradient(self) -> Tensor:
+        """A copy (P,) of what backward passes added up since the last ``zero_grad``."""
+        assert self.flat.grad is not None, "loaded without gradients"
+        return self.flat.grad.clone()
+
     def weights(self) -> LoraWeights | None:
         """A copy, on the CPU, of the adapter as it is now."""
         if not self._branches:
@@ -321,6 +346,12 @@ class Lora:
     def branches(self) -> Mapping[str, tuple[Tensor, Tensor]]:
         """The trainable (A, B) of each adapted module; none where no adapter is loaded or it is disabled."""
         return self._branches if self.enabled else {}
+
+    def view(self) -> LoraWeights:
+        """The adapter itself, on the model's device: not a copy. Its tensors in sorted order of paths, A before B, are
+        ``flat``."""
+        modules = {p: (a.detach(), b.detach()) for p, (a, b) in self._branches.items()}
+        return LoraWeights(self.rank, self.scaling, modules)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from gradatim.errors import ModelError
-from gradatim.nn.head import Scored, predict, rows_of
+from gradatim.nn.head import Scored, draw, predict, rows_of
 from gradatim.nn.trie import Answer, Block, Pack, pack, packed_tokens, passes, shared_length
 
 __all__ = [
@@ -117,17 +117,32 @@ def _attention(model: Any) -> Iterator[None]:
 def score(model: Any, answers: Sequence[Answer]) -> list[Scored]:
     """Log-probabilities of answers, in one pass, differentiable where gradients are on. ValueError, ModelError."""
     packed = pack(answers)
+    hidden = _hidden(model, packed)
+    wanted = rows_of(packed, answers, hidden.device)
+    return predict(hidden[wanted.needed], model.get_output_embeddings().weight, wanted)
+
+
+def drawn(model: Any, answers: Sequence[Answer], generator: torch.Generator) -> Tensor:
+    """Log-probabilities (R,) of tokens that the model draws itself, one at every row that predicts a token of an
+    answer; differentiable. The rows' contexts are the answers', so this is no text. ``generator`` is on the CPU."""
+    packed = pack(answers)
+    hidden = _hidden(model, packed)
+    needed = sorted({r for rows in packed.rows for r in rows})
+    return draw(hidden[torch.tensor(needed, device=hidden.device)], model.get_output_embeddings().weight, generator)
+
+
+def _hidden(model: Any, packed: Pack) -> Tensor:
+    """The last hidden states (N, H) of a packed row, by the model's own layers."""
     device = model.get_output_embeddings().weight.device
     tree = _Tree(packed.blocks, [b.end - b.start for b in packed.blocks])
     with _attention(model):
-        hidden = model.base_model(
+        hidden: Tensor = model.base_model(
             input_ids=torch.tensor([packed.token_ids], device=device),
             position_ids=torch.tensor([packed.position_ids], device=device),
             use_cache=False,
             tree=tree,
-        ).last_hidden_state[0]  # (N, H)
-    wanted = rows_of(packed, answers, device)
-    return predict(hidden[wanted.needed], model.get_output_embeddings().weight, wanted)
+        ).last_hidden_state[0]
+    return hidden
 
 
 def logprobs(model: Any, answers: Sequence[Answer]) -> list[Tensor]:

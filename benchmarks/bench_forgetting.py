@@ -1,0 +1,290 @@
+"""Forgetting over a stream of four skills: naive fine-tuning against replay, EWC, the KL limit, and the default.
+
+The skills are four of the demo's tasks on its browser-free pages, taught one after the other by the product's learner
+on SmolLM2-135M in bfloat16: synthetic pages, a real model. A skill is taught by updates of corrections (the expert's
+action over a wrong one). Its score is the share of held-out pages on which greedy decoding gives a right action,
+teacher-forced. Every arm sees the same corrections, and takes as many gradient steps with as many of them in each.
+
+    naive     no replay, no limit, no penalty
+    replay    an old example beside every new one
+    ewc       the penalty alone
+    kl        the limit alone: replayed answers are measured at a weight of 1e-6, and not trained on
+    default   what the learner's configuration says
+
+``kept`` is a skill's score at the end over its score right after it was taught (of skills that were taught to at
+least MASTERED); backward transfer loss is the mean of what earlier skills have lost at the end. Finished cells are
+kept in ``--results`` and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import harness
+
+harness.threads()
+
+import numpy as np
+import torch
+
+from gradatim.config import LearnerConfig
+from gradatim.demo.agent import messages
+from gradatim.demo.browser_free import browser_free_env
+from gradatim.learner.learner import LoraLearner
+from gradatim.learner.scorer import TorchScorer
+from gradatim.nn.base import Base, load_base
+from gradatim.nn.render import Renderer
+from gradatim.types import Adapter, AdapterId, EpisodeId, Example, StepId
+
+SKILLS: tuple[str, ...] = ("enter-text", "click-button", "login-user", "enter-password")
+ARMS = ("naive", "replay", "ewc", "kl", "default")
+RATES = (2.5e-4 / 3, 2.5e-4, 7.5e-4)
+NEW = 16  # corrections in an update
+UPDATES = 1  # of a skill
+EPOCHS = 3
+BATCH = 4  # new examples in a gradient step
+HELD_OUT = 24  # pages of a skill
+MASTERED = 0.25
+UNTRAINED_WEIGHT = 1e-6
+
+
+@dataclass(frozen=True)
+class Page:
+    prompt_ids: tuple[int, ...]
+    right: tuple[tuple[int, ...], ...]
+    wrong: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The model, and the pages of every skill."""
+
+    base: Base
+    train: Mapping[str, Sequence[Page]]
+    held_out: Mapping[str, Sequence[Page]]
+
+
+def pages(skill: str, renderer: Renderer, count: int, first_seed: int, known: set[tuple[int, ...]]) -> list[Page]:
+    """All pages on the expert's way, of as many episodes as it takes; none whose prompt is ``known``, which grows."""
+    env = browser_free_env(skill)
+    out: list[Page] = []
+    seed = first_seed
+    while len(out) < count:
+        observation, done = env.reset(seed), False
+        while not done and len(out) < count:
+            right = env.right_actions()
+            wrong = [a for a in env.valid_actions() if a not in right]
+            prompt = renderer.prompt_ids(messages(observation, ()))
+            if wrong and prompt not in known:
+                known.add(prompt)
+                ids = [tuple(renderer.completion_ids(a) for a in actions) for actions in (right, wrong)]
+                out.append(Page(prompt, ids[0], ids[1]))
+            result = env.step(right[0])
+            observation, done = result.observation, result.done
+        seed += 1
+    return out
+
+
+def bench(data_dir: Path, held_out: int) -> Bench:
+    base = load_base("smollm2", data_dir, dtype="bfloat16", device="cpu")
+    renderer = Renderer(base)
+    known: set[tuple[int, ...]] = set()
+    tests = {skill: pages(skill, renderer, held_out, 10**6, known) for skill in SKILLS}
+    train = {skill: pages(skill, renderer, 3 * NEW * UPDATES, 0, known) for skill in SKILLS}
+    return Bench(base, train, tests)
+
+
+def correction(page: Page, skill: str, number: int, rng: random.Random) -> Example:
+    return Example(
+        id=f"{skill}-{number}",
+        created_at=0.0,
+        episode_id=EpisodeId("bench"),
+        step_id=StepId(f"{skill}-{number}"),
+        prompt_ids=page.prompt_ids,
+        chosen_ids=page.right[0],
+        rejected_ids=rng.choice(page.wrong),
+        origin="correction",
+        skill=skill,
+        verified=True,
+    )
+
+
+def settings(arm: str, lr: float, seed: int) -> LearnerConfig:
+    """The default configuration with parts of it switched off."""
+    config = LearnerConfig(lr=lr, seed=seed, epochs=EPOCHS, batch=2 * BATCH, replay_share=0.5)
+    bare = replace(config, ewc=0.0, agem=False, kl_limit=1e9)
+    return {
+        "naive": replace(bare, batch=BATCH),
+        "replay": bare,
+        "ewc": replace(bare, batch=BATCH, ewc=config.ewc),
+        "kl": replace(bare, kl_limit=config.kl_limit),
+        "default": config,
+    }[arm]
+
+
+def replayed(arm: str, past: Sequence[Example], rng: random.Random) -> list[Example]:
+    """As many old examples as new ones, evenly over skills."""
+    if arm in ("naive", "ewc"):
+        return []
+    skills = sorted({e.skill for e in past})
+    drawn = [
+        e for k, s in enumerate(skills) for e in rng.sample([e for e in past if e.skill == s], (NEW + k) // len(skills))
+    ]
+    return [replace(e, weight=UNTRAINED_WEIGHT) for e in drawn] if arm == "kl" else drawn
+
+
+def score(scorer: TorchScorer, adapter: Adapter, tests: Sequence[Page]) -> float:
+    """Share of pages on which greedy decoding gives a right action."""
+    blank = Example(
+        id="", created_at=0.0, episode_id=EpisodeId("bench"), step_id=StepId("test"), prompt_ids=(), origin="score"
+    )
+    asked = [
+        replace(blank, id=f"{hash((p.prompt_ids, a))}", prompt_ids=p.prompt_ids, chosen_ids=a)
+        for p in tests
+        for a in p.right
+    ]
+    greedy = {(e.prompt_ids, e.chosen_ids): s.greedy for e, s in zip(asked, scorer.score(adapter, asked), strict=True)}
+    return sum(any(greedy[p.prompt_ids, a] for a in p.right) for p in tests) / len(tests)
+
+
+def cell(subject: Bench, arm: str, lr: float, seed: int, folder: Path) -> dict[str, Any]:
+    """One stream: scores before it, right after each skill, and at its end."""
+    started_s = time.process_time()
+    config = settings(arm, lr, seed)
+    learner, scorer = LoraLearner(subject.base, config, folder, "agent"), TorchScorer(subject.base, config, folder)
+    sha = subject.base.sha256
+    adapter = Adapter(
+        id=AdapterId("agent@0"),
+        name="agent",
+        step=0,
+        base_sha256=sha,
+        parent_id=None,
+        sha256=sha,
+        path="",
+        created_at=0.0,
+    )
+    rng = random.Random(seed)
+    past: list[Example] = []
+    taught: dict[str, float] = {}
+    metrics: list[dict[str, float]] = []
+    refused: list[str] = []
+    for skill in SKILLS:
+        chosen = rng.sample(range(len(subject.train[skill])), NEW * UPDATES)
+        examples = [correction(subject.train[skill][i], skill, i, rng) for i in chosen]
+        for k in range(UPDATES):
+            new = examples[k * NEW : (k + 1) * NEW]
+            step = len(metrics) + len(refused) + 1
+            update, made = learner.update(new, replayed(arm, past, rng) if past else [], adapter, step)
+            if made is None:
+                refused.append(update.refused_because)
+                continue
+            adapter = made
+            past += new
+            metrics.append(dict(update.metrics))
+        taught[skill] = score(scorer, adapter, subject.held_out[skill])
+    end = {s: taught[s] if s == SKILLS[-1] else score(scorer, adapter, subject.held_out[s]) for s in SKILLS}
+    return {
+        "taught": taught,
+        "end": end,
+        "refused": refused,
+        "metrics": metrics,
+        "cpu_s": time.process_time() - started_s,
+    }
+
+
+# --------------------------------------------------------------------------------------------- figures
+
+
+def loss(done: Mapping[str, Any]) -> float:
+    """Backward transfer loss (Lopez-Paz 2017, arXiv:1706.08840, sec. 3.1, with the sign turned)."""
+    earlier = SKILLS[:-1]
+    return float(np.mean([done["taught"][s] - done["end"][s] for s in earlier]))
+
+
+def kept(cells: Sequence[Mapping[str, Any]]) -> float:
+    """The smallest share, over the earlier skills, of its taught score that a skill has at the end."""
+    shares = []
+    for skill in SKILLS[:-1]:
+        mastered = [c for c in cells if c["taught"][skill] >= MASTERED]
+        if mastered:
+            shares.append(sum(c["end"][skill] for c in mastered) / sum(c["taught"][skill] for c in mastered))
+    return min(shares, default=float("nan"))
+
+
+def goals_of(cells: Mapping[tuple[str, float, int], Mapping[str, Any]], rates: Sequence[float]) -> list[harness.Goal]:
+    goals = []
+    for lr in rates:
+        of = {arm: [c for (a, r, _), c in cells.items() if a == arm and r == lr] for arm in ARMS}
+        losses = {arm: float(np.mean([loss(c) for c in of[arm]])) for arm in ARMS}
+        newest = {arm: float(np.mean([c["end"][SKILLS[-1]] for c in of[arm]])) for arm in ARMS}
+        at = f"lr {lr:.2g}: "
+        goals += [
+            harness.Goal(at + "least share of an earlier skill kept, default", kept(of["default"]), ">= 0.97"),
+            harness.Goal(
+                at + "naive's backward transfer loss over default's",
+                losses["naive"] / max(losses["default"], 0.005) if losses["naive"] > 0 else float("nan"),
+                ">= 5",
+            ),
+            harness.Goal(
+                at + "newest skill, default over naive", newest["default"] / (newest["naive"] or 1), ">= 0.95"
+            ),
+            *(harness.Goal(at + f"backward transfer loss, {arm}", losses[arm]) for arm in ARMS),
+            *(harness.Goal(at + f"newest skill, {arm}", newest[arm]) for arm in ARMS),
+        ]
+    return goals
+
+
+def parsed() -> argparse.Namespace:
+    parser = harness.options(__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="*", default=list(RATES))
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS, help="with fewer, no goals are judged")
+    parser.add_argument("--results", type=Path, help="where finished cells are kept (default: a temporary folder)")
+    parser.add_argument("--data-dir", type=Path, help="holds the converted model (default: a temporary folder)")
+    return parser.parse_args()
+
+
+def run(args: argparse.Namespace, subject: Bench, results: Path) -> dict[tuple[str, float, int], dict[str, Any]]:
+    cells = {}
+    for seed in range(args.seeds):
+        for lr in args.rates:
+            for arm in args.arms:
+                kept_in = results / f"{arm}-{lr:.3g}-{seed}.json"
+                if not kept_in.exists():
+                    with tempfile.TemporaryDirectory() as folder:
+                        done = cell(subject, arm, lr, seed, Path(folder))
+                    kept_in.write_text(json.dumps(done))
+                    line = " ".join(f"{s} {done['taught'][s]:.2f}>{done['end'][s]:.2f}" for s in SKILLS)
+                    print(f"{arm:8} lr {lr:.2g} seed {seed}: {line} ({done['cpu_s']:.0f} s)", flush=True)
+                cells[arm, lr, seed] = json.loads(kept_in.read_text())
+    return cells
+
+
+def main() -> None:
+    global SKILLS, NEW, HELD_OUT, EPOCHS
+    args = parsed()
+    torch.set_num_threads(1)
+    if args.quick:
+        SKILLS, NEW, HELD_OUT, EPOCHS = SKILLS[:2], 4, 6, 1
+        args.seeds, args.rates = 1, [RATES[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        results: Path = args.results or Path(folder) / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        subject = bench(args.data_dir or Path(folder), HELD_OUT)
+        cells = run(args, subject, results)
+    if set(args.arms) == set(ARMS):
+        scores = {f"{a} {r:.2g} {s}": {k: c[k] for k in ("taught", "end", "cpu_s")} for (a, r, s), c in cells.items()}
+        details = {"seeds": args.seeds, "skills": SKILLS, "new": NEW, "epochs": EPOCHS, "cells": scores}
+        harness.report("bench_forgetting", goals_of(cells, args.rates), details, args)
+
+
+if __name__ == "__main__":
+    main()
