@@ -140,7 +140,7 @@ def test_a_batch_that_breaks_training_is_refused_and_not_tried_for_ever(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
     made = learner(tmp_path)
-    monkeypatch.setattr(learning, "score", out_of_memory)
+    monkeypatch.setattr(made._trainable, "forward", out_of_memory)
     update, adapter = made.update([pair()], [], base_adapter(), 1)
     assert adapter is None and not update.applied
     assert "can't allocate memory" in update.refused_because
