@@ -30,7 +30,7 @@ from gradatim.errors import AdapterError, GradatimError, LearnerError
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.run import Run, summary
-from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
+from gradatim.learner.trainable import PASS_TOKENS, Trainable, read_sound, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
 from gradatim.nn.lora import (
@@ -154,21 +154,23 @@ class LoraLearner:
         return run
 
     def _start(self, parent: Adapter) -> tuple[LoraWeights, Mapping[str, Tensor]]:
-        """The parent's weights and optimiser state; fresh ones for the base."""
+        """The parent's weights and optimiser state; fresh ones for the base. DamagedAdapterError, AdapterError."""
         if parent.base_sha256 != self._base.sha256:
             raise LearnerError(f"{parent.id} was trained on another base model ({parent.base_sha256[:12]})")
         if parent.step == 0:
             config = self._config
             return fresh_weights(self._base.model, config.rank, config.alpha, config.seed), {}
-        folder = self._data_dir / parent.path
-        weights = read_adapter(folder, parent.sha256)
+        weights = read_sound(parent, self._data_dir)
         if weights.rank != self._config.rank:
             log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, self._config.rank)
         try:
-            return weights, read_state(folder)
+            state = read_state(self._data_dir / parent.path)
         except AdapterError as e:
             log.error("the optimiser starts afresh: %s", e)
             return weights, {}
+        if not state:
+            log.warning("the optimiser starts afresh: the state beside %s is no longer kept", parent.id)
+        return weights, state
 
     # ----------------------------------------------------------------------------------------- training
 

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from gradatim.errors import AdapterError
+from gradatim.errors import AdapterError, DamagedAdapterError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import Lora, LoraWeights, read_adapter
 from gradatim.nn.pack import Answer, Scored, check_model, passes, score
@@ -55,7 +55,7 @@ class Trainable:
         if self._on == adapter.sha256:
             return
         self._on = None
-        self.lora.load(None if adapter.step == 0 else read_adapter(data_dir / adapter.path, adapter.sha256))
+        self.lora.load(None if adapter.step == 0 else read_sound(adapter, data_dir))
         self._on = adapter.sha256
 
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
@@ -67,6 +67,20 @@ class Trainable:
                 for i, s in zip(members, scored, strict=True):
                     out[i] = s
         return [s for s in out if s is not None]
+
+
+def read_sound(adapter: Adapter, data_dir: Path) -> LoraWeights:
+    """Its weights. DamagedAdapterError where its files are missing or not what they were; AdapterError where the disk
+    does not give them now, as when the data directory is not mounted."""
+    folder = data_dir / adapter.path
+    try:
+        return read_adapter(folder, adapter.sha256)
+    except AdapterError as e:
+        cause = e.__cause__
+        away = isinstance(cause, OSError) and not (isinstance(cause, FileNotFoundError) and folder.parent.is_dir())
+        if away:
+            raise
+        raise DamagedAdapterError(adapter.id, f"{adapter.id} is damaged: {e}") from e
 
 
 _shared: WeakKeyDictionary[Any, Trainable] = WeakKeyDictionary()
