@@ -11,8 +11,10 @@ GradatimError
   StoreError (RuntimeError)         a record could not be read or written
     TransitionError                 an adapter may not move between those two stages
     ConflictError                   this id was already used for another target
+    RecordError                     a record holds what no database can keep
   LearnerError (RuntimeError)       an update could not be made; serving is unaffected
     AdapterError                    an adapter's files are missing or do not match their digest
+      DamagedAdapterError           the same, of an adapter that is named; trying again will not help
 """
 
 
@@ -67,9 +69,21 @@ class ConflictError(StoreError):
     """This id was already used for another target."""
 
 
+class RecordError(StoreError):
+    """A record holds what no database can keep."""
+
+
 class LearnerError(GradatimError, RuntimeError):
     """An update could not be made; serving is unaffected."""
 
 
 class AdapterError(LearnerError):
     """An adapter's files are missing, or do not match their digest."""
+
+
+class DamagedAdapterError(AdapterError):
+    """The files of ``adapter_id`` are damaged for good: trying again will not help."""
+
+    def __init__(self, adapter_id: str, message: str) -> None:
+        super().__init__(message)
+        self.adapter_id = adapter_id

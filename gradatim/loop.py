@@ -8,12 +8,13 @@ and started again. One candidate at a time is on its way up, or the learner woul
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from gradatim.config import LearnerConfig, LoopConfig
-from gradatim.errors import StoreError
+from gradatim.errors import DamagedAdapterError, StoreError
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
 from gradatim.types import (
     ON_THE_WAY,
@@ -28,6 +29,8 @@ from gradatim.types import (
     Update,
     Verdict,
 )
+
+log = logging.getLogger(__name__)
 
 JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
@@ -79,9 +82,15 @@ class Loop:
         """
         judged = self.judge(flush=flush)
         candidate = self._on_the_way()
-        if candidate is not None:
-            return self.decide(*candidate) or judged
-        return self.learn(flush=flush) or judged
+        try:
+            if candidate is not None:
+                return self.decide(*candidate) or judged
+            return self.learn(flush=flush) or judged
+        except DamagedAdapterError as e:
+            if e.adapter_id != self._live():
+                raise
+            self._step_back(str(e))
+            return True
 
     # ------------------------------------------------------------------ feedback -> examples
 
@@ -215,6 +224,21 @@ class Loop:
     def _move(self, adapter_id: AdapterId, before: Stage, after: Stage, reason: str) -> Move:
         return Move(
             adapter_id=adapter_id, created_at=self.clock(), before=before, after=after, actor="loop", reason=reason
+        )
+
+    def _step_back(self, reason: str) -> None:
+        """The live adapter cannot be learned from for good, nor be served after a restart: its newest ancestor that
+        was live takes its place, as the server would have it at its next start."""
+        live = self._adapter(self._live())
+        retired, at = self.store.stages(self.name, Stage.RETIRED), live.parent_id
+        while at is not None and at not in retired:
+            at = self._adapter(at).parent_id
+        if at is None:
+            raise StoreError(f"{reason}; and it has no ancestor to go back to")
+        log.error("%s; %s is live again", reason, at)
+        self.store.move(
+            self._move(live.id, Stage.LIVE, Stage.ROLLED_BACK, reason),
+            self._move(at, Stage.RETIRED, Stage.LIVE, reason),
         )
 
     # ------------------------------------------------------------------ look-ups

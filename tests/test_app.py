@@ -14,12 +14,19 @@ from typing import Any
 
 import pytest
 
-from gradatim.app import compose, diagnosis, learning, report, serving
+from gradatim.app import compose, diagnosis, learning, report, serving, states
 from gradatim.app.administration import Administration
 from gradatim.app.home import Home
 from gradatim.app.supervisor import Supervisor
 from gradatim.config import Config, ServerConfig
-from gradatim.errors import AdapterError, ConfigError, InUseError, LearnerError, UnknownAdapterError
+from gradatim.errors import (
+    AdapterError,
+    ConfigError,
+    InUseError,
+    LearnerError,
+    StoreError,
+    UnknownAdapterError,
+)
 from gradatim.release.traffic import Traffic
 from gradatim.store import SqlStore, open_store
 from gradatim.testing.fakes import FakeEngine
@@ -274,7 +281,7 @@ def _facts(config: Config, **changes: Any) -> diagnosis.Facts:
         free_bytes=2**40,
         server_pid=1,
         server_url="http://127.0.0.1:8080",
-        ready=True,
+        answers=True,
         loop={"state": "running", "does": "idle", "restarts": 0, "pid": 2},
         learning=learned,
         chromium=True,
@@ -304,8 +311,9 @@ def _facts(config: Config, **changes: Any) -> diagnosis.Facts:
         ({"loop": {"state": "waiting", "last_exit": -9, "restarts": 4}}, "bad", "died with -9"),
         ({"loop": {"state": "running", "does": "failing", "error": "boom", "restarts": 0}}, "bad", "boom"),
         ({"free_bytes": 1000}, "bad", "is full"),
-        ({"ready": False, "loop": None}, "bad", "does not answer"),
-        ({"server_pid": None, "server_url": None, "ready": False, "loop": None}, "wait", "no server runs"),
+        ({"answers": False, "loop": None}, "bad", "does not answer"),
+        ({"trouble": "store: a write failed 3 s ago"}, "bad", "is not ready: store: a write failed"),
+        ({"server_pid": None, "server_url": None, "answers": False, "loop": None}, "wait", "no server runs"),
         (
             {
                 "learning": {
@@ -343,3 +351,78 @@ def test_a_long_list_of_adapters_ends_with_the_newest_and_has_the_live_one(store
     one = report.adapter(store, "agent", AdapterId("agent@2"))
     assert one is not None and one["stage"] == "live" and len(one["moves"]) == 4
     assert report.adapter(store, "other", AdapterId("agent@2")) is None
+
+
+# --------------------------------------------------------------------------------- what only one process may do
+
+
+async def test_a_server_whose_database_was_taken_by_another_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = iter([None, StoreError("away"), None, InUseError("taken")])
+
+    class Alone:
+        needed = True
+
+        def keep(self) -> None:
+            if (outcome := next(outcomes)) is not None:
+                raise outcome
+
+    with pytest.raises(InUseError, match="taken"):
+        await serving.stay_alone(Alone(), every_s=0.0)  # type: ignore[arg-type]
+    assert next(outcomes, "all used") == "all used"
+
+
+# -------------------------------------------------------------------------------------- states of the optimiser
+
+
+def _with_state(config: Config, step: int, name: str = "agent") -> Path:
+    folder = config.data_dir / "adapters" / f"{name}@{step}"
+    folder.mkdir(parents=True)
+    for file in (*states.FILES, "adapter_model.safetensors"):
+        (folder / file).write_text("x")
+    return folder
+
+
+def _kept(config: Config) -> list[int]:
+    found = (config.data_dir / "adapters").glob(f"agent@*/{states.FILES[0]}")
+    return sorted(int(path.parent.name.partition("@")[2]) for path in found)
+
+
+def test_optimiser_states_are_kept_for_what_an_update_may_start_from(config: Config, store: SqlStore) -> None:
+    """Twelve went live, one is on trial and one was rejected; another name's folders are left alone."""
+    tidy = states.OptimiserStates(store, config)
+    other = _with_state(config, 1, name="other")
+    for step in range(1, 13):
+        _with_state(config, step)
+        _put_live(store, step)
+    _with_state(config, 13)
+    store.append(_adapter(13))
+    store.move(
+        Move(adapter_id=AdapterId("agent@13"), created_at=1.0, before=Stage.CANDIDATE, after=Stage.REJECTED, actor="l")
+    )
+    _with_state(config, 14)
+    store.append(replace(_adapter(14), parent_id=AdapterId("agent@12")))
+    assert len(tidy()) == 5
+    assert _kept(config) == [*range(5, 13), 14]
+    assert tidy() == []
+    store.move(
+        Move(adapter_id=AdapterId("agent@12"), created_at=1.0, before=Stage.LIVE, after=Stage.ROLLED_BACK, actor="me"),
+        Move(adapter_id=AdapterId("agent@2"), created_at=1.0, before=Stage.RETIRED, after=Stage.LIVE, actor="me"),
+    )
+    assert [folder.name for folder in tidy()] == ["agent@5"]  # 2 is among the last eight that were live now
+    assert _kept(config) == [*range(6, 13), 14]
+    assert all((other / file).exists() for file in states.FILES)
+    assert (config.data_dir / "adapters" / "agent@1" / "adapter_model.safetensors").exists()
+    assert states.OptimiserStates(store, config)() == []  # another process finds nothing to do
+
+
+def test_tidying_follows_a_turn_that_did_something() -> None:
+    done: list[str] = []
+    outcomes = iter([True, False, True])
+    turn = learning.tidily(lambda: next(outcomes), lambda: done.append("tidied"))
+    assert [turn(), turn(), turn()] == [True, False, True] and done == ["tidied", "tidied"]
+
+
+def test_the_files_of_a_state_have_one_name() -> None:
+    from gradatim.nn import lora
+
+    assert states.FILES == (lora.STATE_FILE, lora.STATE_DIGEST_FILE)

@@ -11,7 +11,7 @@ import pytest
 
 from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
 from gradatim.credit import OutcomeCredit
-from gradatim.errors import TransitionError
+from gradatim.errors import DamagedAdapterError, TransitionError
 from gradatim.examples import ExampleBuilder
 from gradatim.loop import JUDGED, LEARNED, Loop
 from gradatim.protocols import Store
@@ -375,3 +375,82 @@ def test_bad_answers_alone_make_no_update_however_long_they_wait(store: Store) -
     good_episode(store, "bad", value=-1.0)
     run(loop)
     assert len(learner.calls) == 1
+
+
+# ------------------------------------------------------------------------------------------- a damaged live adapter
+
+
+@dataclass
+class DamagedFiles(CountingLearner):
+    """A learner, and a gate that scores the live adapter, on a disk where these adapters are damaged."""
+
+    damaged: set[str] = field(default_factory=set)
+    name: str = "reads"
+
+    def _read(self, adapter: Adapter) -> None:
+        if adapter.id in self.damaged:
+            raise DamagedAdapterError(adapter.id, f"{adapter.id} is damaged: digest mismatch")
+
+    def update(
+        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, number: int
+    ) -> tuple[Update, Adapter | None]:
+        self._read(parent)
+        return super().update(examples, replay, parent, number)
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        self._read(candidate)
+        self._read(live)
+        decision = Decision.PASS if candidate.parent_id == live.id else Decision.FAIL
+        return Verdict(adapter_id=candidate.id, created_at=1.0, gate=self.name, decision=decision)
+
+
+def test_a_damaged_live_adapter_gives_way_to_its_nearest_sound_ancestor(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, _ = loop_on(store)
+    disk = DamagedFiles()
+    loop.learner, loop.gates = disk, {Stage.CANDIDATE: [disk]}
+    for number in range(3):
+        good_episode(store, f"e{number}")
+        run(loop)
+    assert store.stages("agent", Stage.LIVE) == {"agent@3": Stage.LIVE}
+    disk.damaged = {"agent@3", "agent@2"}
+    good_episode(store, "later")
+    turns = 0
+    while loop.turn():
+        turns += 1
+    assert turns <= 5  # two steps back, one update and its verdict: nothing is tried for ever
+    assert store.stages("agent") == {
+        "agent@0": Stage.RETIRED,
+        "agent@1": Stage.RETIRED,
+        "agent@2": Stage.ROLLED_BACK,
+        "agent@3": Stage.ROLLED_BACK,
+        "agent@4": Stage.LIVE,
+    }
+    assert disk.calls[-1][1:] == ("agent@1", 4)
+    assert "agent@3 is damaged: digest mismatch; agent@2 is live again" in caplog.text
+
+
+def test_a_live_adapter_damaged_while_a_candidate_is_judged_gives_way_too(store: Store) -> None:
+    loop, _ = loop_on(store)
+    disk = DamagedFiles()
+    loop.learner, loop.gates = disk, {Stage.CANDIDATE: [disk]}
+    good_episode(store, "e0")
+    run(loop)
+    good_episode(store, "e1")
+    assert loop.turn()  # agent@2, a child of agent@1
+    disk.damaged = {"agent@1"}
+    run(loop)
+    stages = store.stages("agent")
+    assert (stages[AdapterId("agent@1")], stages[AdapterId("agent@2")]) == (Stage.ROLLED_BACK, Stage.REJECTED)
+    assert store.stages("agent", Stage.LIVE) == {"agent@0": Stage.LIVE}
+
+
+def test_what_is_damaged_but_not_live_is_told(store: Store) -> None:
+    loop, _ = loop_on(store)
+    disk = DamagedFiles(damaged={"agent@1"})
+    loop.gates = {Stage.CANDIDATE: [disk]}
+    good_episode(store)
+    assert loop.turn()
+    with pytest.raises(DamagedAdapterError, match="agent@1"):
+        loop.turn()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gradatim.config import GateConfig
-from gradatim.errors import AdapterError
+from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Store
 from gradatim.release.cases import ENOUGH, SPARE, Cases
 from gradatim.release.gates import Pairs, ReplayGate, StaticGate, common_harm, harm
@@ -168,6 +168,21 @@ def test_the_memory_of_cases_is_bounded(tmp_path: Path) -> None:
         assert len(chosen) == 10 and {e.skill for e in chosen} == {"old", *(f"skill {i}" for i in range(41, 50))}
         assert len(cases) <= 10 * (10 + ENOUGH + SPARE)
         assert [e.id for e in Cases(store, most=10).choose()] == [e.id for e in chosen]
+
+
+def test_a_case_that_cannot_be_scored_keeps_no_candidate_from_its_verdict(tmp_path: Path) -> None:
+    class Short(TableScorer):
+        def score(self, adapter: Adapter, examples: Sequence[Example]) -> Sequence[CaseScore]:
+            if any(len(e.chosen_ids) > 5 for e in examples):
+                raise LearnerError("its answer alone is too long")
+            return super().score(adapter, examples)
+
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*verified("a", 6, "s"), example("long", skill="s", verified=True, chosen_ids=(1,) * 9))
+        verdict = ReplayGate(store, Short({}), GateConfig()).check(CANDIDATE, BASE, BASE)
+        assert verdict.evidence["cases"] == 6 and verdict.decision is Decision.PASS
+        with pytest.raises(AdapterError):
+            ReplayGate(store, Short({}, broken=["agent@1"]), GateConfig()).check(CANDIDATE, BASE, BASE)
 
 
 def test_a_verdict_says_how_well_each_skill_is_known(tmp_path: Path) -> None:

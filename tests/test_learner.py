@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from gradatim.config import LearnerConfig
-from gradatim.errors import AdapterError, LearnerError
+from gradatim.errors import AdapterError, DamagedAdapterError, LearnerError
 from gradatim.learner import learner as learning
 from gradatim.learner import objectives
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.learner import LoraLearner
 from gradatim.learner.scorer import TorchScorer
-from gradatim.nn.lora import STATE_FILE, TMP_PREFIX, read_adapter
+from gradatim.nn.lora import STATE_DIGEST_FILE, STATE_FILE, TMP_PREFIX, WEIGHTS_FILE, read_adapter
 from gradatim.testing.learner import LEARNER_CHECKS, Check
 from gradatim.types import Adapter, Example, Update
 from tests import records
@@ -258,3 +258,66 @@ def test_what_is_right_after_a_wrong_decision_is_not_unlearned(tmp_path: Path) -
     _, after = applied(subject.update([wrong], [], base_adapter(), 1))
     _, other = applied(subject.update([replace(wrong, rejected_ids=(5, 8, 11, 12))], [], base_adapter(), 2))
     assert after.sha256 == other.sha256
+
+
+# ------------------------------------------------------------------------------------------------ what is damaged
+
+
+def test_a_parent_whose_weights_are_damaged_is_named(tmp_path: Path) -> None:
+    subject, scorer, _ = factory(tmp_path)
+    _, parent = applied(subject.update([pair()], [], base_adapter(), 1))
+    weights = tmp_path / parent.path / WEIGHTS_FILE
+    whole = weights.read_bytes()
+    for damage in (lambda: weights.write_bytes(whole[:-9]), weights.unlink):
+        damage()
+        for call in (
+            lambda: subject.update([pair(2)], [], parent, 2),
+            lambda: factory(tmp_path)[1].score(parent, [pair()]),
+            lambda: factory(tmp_path)[1].score(parent, []),  # nothing to score: its files are looked at all the same
+        ):
+            with pytest.raises(DamagedAdapterError) as damaged:
+                call()
+            assert damaged.value.adapter_id == parent.id == "agent@1"
+    weights.write_bytes(whole)
+    scorer.score(parent, [])
+    (tmp_path / "adapters").rename(tmp_path / "elsewhere")  # as where the disk is not mounted: it may come back
+    with pytest.raises(AdapterError) as away:
+        subject.update([pair(2)], [], parent, 2)
+    assert not isinstance(away.value, DamagedAdapterError)
+
+
+def test_a_parent_whose_optimiser_state_was_tidied_away_is_trained_from_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subject = learner(tmp_path)
+    _, parent = applied(subject.update([pair()], [], base_adapter(), 1))
+    _, child = applied(subject.update([pair(2)], [], parent, 2))
+    assert "afresh" not in caplog.text
+    for name in (STATE_FILE, STATE_DIGEST_FILE):
+        (tmp_path / parent.path / name).unlink()
+    update, other = applied(subject.update([pair(2)], [], parent, 3))
+    assert update.applied and other.sha256 != child.sha256
+    assert "the optimiser starts afresh: the state beside agent@1 is no longer kept" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        ({"weight": float("nan")}, "its weight is nan"),
+        ({"weight": float("inf")}, "its weight is inf"),
+        ({"weight": -1.0}, "its weight is -1.0"),
+        ({"chosen_ids": (5, VOCABULARY)}, f"token id {VOCABULARY} is outside"),
+        ({"rejected_ids": (-1,)}, "token id -1 is outside"),
+        ({"prompt_ids": (2**31 - 1,)}, "is outside the vocabulary"),
+    ],
+)
+def test_a_broken_example_is_refused_by_its_id_and_the_update_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: dict[str, Any], why: str
+) -> None:
+    bad = replace(pair(9), id="the-bad-one", **broken)
+    for new, old in (([pair(1), bad], []), ([pair(1)], [pair(2), bad])):
+        caplog.clear()
+        update, _ = applied(learner(tmp_path, epochs=1).update(new, old, base_adapter(), 1 + len(old)))
+        assert bad.id not in (*update.example_ids, *update.replay_ids) and update.metrics["dropped"] == 1.0
+        (line,) = (r.getMessage() for r in caplog.records if "is dropped" in r.getMessage())
+        assert line.startswith("example the-bad-one is dropped") and why in line

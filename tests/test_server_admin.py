@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -262,3 +263,36 @@ def test_an_empty_log_has_no_end() -> None:
 
 def test_records_become_plain_json() -> None:
     assert plain({"a": (1, float("inf")), "b": Decision.PASS, 3: None}) == {"a": [1, None], "b": "pass", "3": None}
+
+
+# ------------------------------------------------------------------------------- a store that cannot be written to
+
+
+async def test_a_failed_write_is_told_for_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1000.0
+    monkeypatch.setattr("gradatim.server.health.time", SimpleNamespace(monotonic=lambda: now_s))
+    kit = Kit(store=FakeStore())
+    assert isinstance(kit.store, FakeStore)
+    async with kit.client() as client:
+        step_id = (await client.post(CHAT, json=chat())).json()["id"]
+        assert (await client.get("/readyz")).status_code == 200
+        opinion = {"kind": "score", "response_id": step_id, "value": 1}
+        for call in (client.post(CHAT, json=chat()), client.post("/v1/feedback", json=opinion)):
+            kit.store.broken = OSError("No space left on device: /srv/secret")
+            await call
+            kit.store.broken = None
+            told = await client.get("/readyz")
+            assert told.status_code == 503 and told.json()["engine"] == "ok"
+            assert told.json()["store"].startswith("a write failed 0 s ago (StoreError)") and "secret" not in told.text
+            now_s += 59.0
+            assert (await client.get("/readyz")).status_code == 503
+            now_s += 2.0
+            assert (await client.get("/readyz")).json()["store"] == "ok"
+
+
+async def test_what_the_client_did_wrong_is_no_trouble_of_the_store(client: httpx.AsyncClient) -> None:
+    first, second = [(await client.post(CHAT, json=chat())).json()["id"] for _ in range(2)]
+    for step_id, status in ((first, 202), (second, 409)):
+        body = {"id": "f", "kind": "score", "response_id": step_id, "value": 1}
+        assert (await client.post("/v1/feedback", json=body)).status_code == status
+    assert (await client.get("/readyz")).status_code == 200

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from gradatim.errors import StoreError
+from gradatim.errors import RecordError, StoreError
 from gradatim.store import SqlStore, open_store
 from gradatim.types import AdapterId, Feedback, Step, Update
 from tests.records import feedback, step
@@ -104,7 +104,7 @@ def test_a_disk_that_is_really_full_and_then_is_not(tiny_disk: Path) -> None:
 
 _OPEN_AS_NOBODY = """
 import os, sys, tempfile
-from gradatim.errors import StoreError
+from gradatim.errors import RecordError, StoreError
 from gradatim.store import open_store
 with tempfile.TemporaryDirectory() as folder:
     open_store(folder + "/warm-up.db").close()  # imports all there is to import: nobody may not read it afterwards
@@ -314,3 +314,11 @@ def test_infinite_metrics_are_kept(store: SqlStore) -> None:
     )
     store.append(update)
     assert store.read(Update) == [(1, update)]
+
+
+def test_what_no_database_can_keep_is_told_from_a_database_that_fails(tmp_path: Path) -> None:
+    with open_store(tmp_path / "store.db") as store:
+        for record in (feedback("score", value=float("nan")), feedback("score", source="a\0b"), "no record"):
+            with pytest.raises(RecordError):
+                store.append(record)  # type: ignore[arg-type]
+        store.append(feedback("score"))

@@ -36,7 +36,8 @@ class Facts:
     free_bytes: int
     server_pid: int | None
     server_url: str | None
-    ready: bool
+    answers: bool
+    trouble: str = ""  # why the server would not answer or record a request now, in its own words
     loop: Mapping[str, Any] | None
     learning: Mapping[str, Any] | None
     chromium: bool
@@ -84,7 +85,9 @@ def _server(facts: Facts) -> Iterator[Finding]:
         yield Finding("server", "wait", "no server runs on this data directory", "gradatim serve")
     elif facts.server_url is None:
         yield Finding("server", "wait", f"the server (pid {facts.server_pid}) is starting", "wait a few seconds")
-    elif not facts.ready:
+    elif facts.answers and facts.trouble:
+        yield Finding("server", "bad", f"{facts.server_url} is not ready: {facts.trouble}", "see the server's log")
+    elif not facts.answers:
         yield Finding(
             "server", "bad", f"{facts.server_url} does not answer", f"kill {facts.server_pid} and start it again"
         )

@@ -18,6 +18,7 @@ from typing import Any
 from gradatim import config as configuration
 from gradatim.app import compose, report
 from gradatim.app.home import Home
+from gradatim.app.states import OptimiserStates
 from gradatim.app.supervisor import die_with_parent, step_back
 from gradatim.config import Config
 from gradatim.errors import GradatimError, StoreError
@@ -48,8 +49,21 @@ def follow(config: Config) -> None:
     with home.lock("loop", wait_s=10.0):  # of the loop before, should it still be dying
         home.say("loop", {"state": "starting"})
         base = compose.build_base(config)
-        loop = compose.build_loop(config, compose.build_store(config), base)
-        turn_for_ever(loop.turn, home, config.loop.poll_s)
+        with compose.build_store(config) as store, store.exclusive("loop", wait_s=10.0):
+            turn = tidily(compose.build_loop(config, store, base).turn, OptimiserStates(store, config))
+            turn_for_ever(turn, home, config.loop.poll_s)
+
+
+def tidily(turn: Callable[[], bool], tidy: Callable[[], object]) -> Callable[[], bool]:
+    """The same turn, and, where it changed anything, what is to be done after it."""
+
+    def turned() -> bool:
+        worked = turn()
+        if worked:
+            tidy()
+        return worked
+
+    return turned
 
 
 def turn_for_ever(turn: Callable[[], bool], home: Home, poll_s: float) -> None:
@@ -81,7 +95,7 @@ def once(config: Config) -> dict[str, Any]:
     home.prepare()
     with home.lock("loop"):
         base = compose.build_base(config)
-        with compose.build_store(config) as store:
+        with compose.build_store(config) as store, store.exclusive("loop"):
             compose.register_base(store, config, base.sha256)
             before = store.end()
             loop = compose.build_loop(config, store, base)

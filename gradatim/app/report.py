@@ -6,8 +6,8 @@ Reads the store and changes nothing. It knows neither HTTP nor a model, so it an
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from gradatim.config import Config
@@ -37,11 +37,36 @@ _MOST_CASES = 1000  # unjudged episodes that are counted
 def adapters(store: SqlStore, name: str, limit: int = MOST_ADAPTERS) -> list[Json]:
     """The newest versions of a name, oldest first, each with its stage, what made it, what judged it and every move.
     The live one is among them, however old it is."""
-    found = [a for _, a in store.newest(Adapter, name=name, limit=limit)][::-1]
+    found = store.newest(Adapter, name=name, limit=limit)[::-1]
+    if not found:
+        return []
+    first = found[0][0]  # all that is told of these adapters stands behind it, but for the update that made the first
+    updates = {u.id: u for _, u in _after(store, Update, first)}
+    verdicts, moves = _by_adapter(_after(store, Verdict, first)), _by_adapter(_after(store, Move, first))
+    stories = []
+    for _, a in found:
+        update = updates.get(a.update_id) or _made_by(store, a)
+        stories.append(_adapter(a, moves[a.id][-1].after, update, verdicts[a.id], moves[a.id]))
     live = live_id(store, name)
-    if live is not None and all(a.id != live for a in found):
-        found = [a for _, a in store.newest(Adapter, id=live)] + found
-    return [_story(store, a) for a in found]
+    if live is None or any(a.id == live for _, a in found):
+        return stories
+    return [*(_story(store, a) for _, a in store.newest(Adapter, id=live)), *stories]
+
+
+def _after(store: SqlStore, kind: type[R], position: int) -> Iterator[tuple[int, R]]:
+    while page := store.read(kind, after=position):
+        yield from page
+        position = page[-1][0]
+
+
+V = TypeVar("V", Verdict, Move)
+
+
+def _by_adapter(rows: Iterable[tuple[int, V]]) -> Mapping[AdapterId, list[V]]:
+    out: dict[AdapterId, list[V]] = defaultdict(list)
+    for _, record in rows:
+        out[record.adapter_id].append(record)
+    return out
 
 
 def adapter(store: SqlStore, name: str, adapter_id: AdapterId) -> Json | None:
@@ -56,8 +81,12 @@ def live_id(store: SqlStore, name: str) -> AdapterId | None:
 
 def _story(store: SqlStore, adapter: Adapter) -> Json:
     moves = [m for _, m in store.read(Move, adapter_id=adapter.id)]
-    update = next((u for _, u in store.newest(Update, id=adapter.update_id)), None) if adapter.update_id else None
-    return _adapter(adapter, moves[-1].after, update, [v for _, v in store.read(Verdict, adapter_id=adapter.id)], moves)
+    verdicts = [v for _, v in store.read(Verdict, adapter_id=adapter.id)]
+    return _adapter(adapter, moves[-1].after, _made_by(store, adapter), verdicts, moves)
+
+
+def _made_by(store: SqlStore, adapter: Adapter) -> Update | None:
+    return next((u for _, u in store.newest(Update, id=adapter.update_id)), None) if adapter.update_id else None
 
 
 def _adapter(

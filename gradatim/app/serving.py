@@ -28,10 +28,10 @@ from gradatim.app.home import Home
 from gradatim.app.learning import handover
 from gradatim.app.supervisor import DIES_WITH, Supervisor, die_with_parent
 from gradatim.config import Config
-from gradatim.errors import AdapterError, ConfigError, InUseError
+from gradatim.errors import AdapterError, ConfigError, InUseError, StoreError
 from gradatim.release.traffic import Traffic, rollback
 from gradatim.server import Metrics, build_app
-from gradatim.store import SqlStore
+from gradatim.store import Exclusive, SqlStore
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FINISH_STREAMS_WITHIN_S = 20
+_LOOK_EVERY_S = 5.0  # whether the database's lock is still ours
 KEEP_ALIVE_S = 75  # well above the 5 s of httpx and the openai client, or a request may meet a closing connection
 LOOP_COMMAND = (sys.executable, "-m", "gradatim", "learn", "--follow")
 
@@ -98,16 +99,20 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     with home.lock("server"), contextlib.closing(take_port(config.server.host, config.server.port)) as sock:
         compose.set_threads(compose.serving_threads(config))
         base = compose.build_base(config)
-        with compose.build_store(config) as store, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with contextlib.ExitStack() as held:
+            store = held.enter_context(compose.build_store(config))
+            alone = held.enter_context(store.exclusive("server"))
+            runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
             compose.register_base(store, config, base.sha256)
-            with contextlib.closing(compose.build_engine(config, base)) as engine:
-                runner.run(_answer(config, home, store, engine, sock, announce))
+            engine = held.enter_context(contextlib.closing(compose.build_engine(config, base)))
+            runner.run(_answer(config, home, store, alone, engine, sock, announce))
 
 
 async def _answer(
     config: Config,
     home: Home,
     store: SqlStore,
+    alone: Exclusive,
     engine: TransformersEngine,
     sock: socket.socket,
     announce: Callable[[str], None],
@@ -137,7 +142,11 @@ async def _answer(
     )
     for sig in (signal.SIGINT, signal.SIGTERM):
         here.add_signal_handler(sig, server.handle_exit, sig, None)
-    work = {"traffic": traffic.watch(), "announce": _announce_when_ready(server, home, sock, announce)}
+    work = {
+        "traffic": traffic.watch(),
+        "announce": _announce_when_ready(server, home, sock, announce),
+        "database lock": stay_alone(alone),
+    }
     if supervisor is not None:
         work["supervisor"] = supervisor.run()
     tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in work.items()]
@@ -178,6 +187,16 @@ def _end_with(done: asyncio.Task[None], server: uvicorn.Server) -> None:
     if not done.cancelled() and (fault := done.exception()) is not None:
         log.critical("%s ended", done.get_name(), exc_info=fault)
         server.should_exit = True
+
+
+async def stay_alone(alone: Exclusive, every_s: float = _LOOK_EVERY_S) -> None:
+    """Until the database is found in the hands of another server: InUseError."""
+    while alone.needed:
+        await asyncio.sleep(every_s)
+        try:
+            await asyncio.to_thread(alone.keep)
+        except StoreError as e:  # it is away; requests say so themselves
+            log.warning("the database's lock cannot be looked at: %s", e)
 
 
 async def first_refresh(traffic: Traffic, store: SqlStore, name: str) -> None:

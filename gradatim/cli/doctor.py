@@ -43,16 +43,18 @@ def look(config: Config) -> Facts:
     home = Home(config.data_dir)
     has_store = bool(config.database) or home.exists()
     asked = routes(config)
-    ready = asked.ready()
-    status = asked.get("/v1/status") if has_store and (ready or asked.url is None) else {}
+    said = asked.readiness()
+    status = asked.get("/v1/status") if has_store and (said is not None or asked.url is None) else {}
+    troubles = [f"{part}: {words}" for part, words in (said or {}).items() if part != "status" and words != "ok"]
     return Facts(
         config=config,
         has_store=has_store,
         free_bytes=shutil.disk_usage(config.data_dir).free,
         server_pid=home.holder("server"),
         server_url=asked.url,
-        ready=ready,
-        loop=status.get("loop") if ready else None,
+        answers=said is not None,
+        trouble="; ".join(troubles),
+        loop=status.get("loop") if said is not None else None,
         learning=status or None,
         chromium=bool(shutil.which("chromium") and shutil.which("chromedriver")),
     )

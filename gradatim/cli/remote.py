@@ -28,14 +28,16 @@ class Routes:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._ask("POST", path, body)
 
-    def ready(self) -> bool:
-        """Whether a server runs and would answer a request now."""
+    def readiness(self) -> Mapping[str, str] | None:
+        """What the server says of its own parts; its ``status`` is ok where it would answer and record a request now.
+        None where no server runs or it does not answer."""
         if self.url is None:
-            return False
+            return None
         try:
-            return httpx.get(self.url + "/readyz", timeout=5.0, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
+            said = httpx.get(self.url + "/readyz", timeout=5.0, trust_env=False).json()
+        except (httpx.HTTPError, ValueError):
+            return None
+        return {str(k): str(v) for k, v in said.items()} if isinstance(said, dict) else None
 
     def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         """The answer's JSON. StoreError, ConflictError or InUseError in the server's own words."""

@@ -5,6 +5,7 @@ It knows no model: only token ids and lengths.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -58,6 +59,8 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
         return "it has no prompt"
     if longest >= max_length:
         return f"its answer alone has {longest} tokens, and max_length is {max_length}"
+    if not 0.0 < example.weight < math.inf:
+        return f"its weight is {example.weight}"
     for i in (*example.prompt_ids, *example.chosen_ids, *example.rejected_ids, *example.hint_ids):
         if not 0 <= i < vocabulary:
             return f"token id {i} is outside the vocabulary of {vocabulary}"

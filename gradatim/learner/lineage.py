@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gradatim.config import LearnerConfig
-from gradatim.errors import AdapterError, LearnerError
+from gradatim.errors import AdapterError, DamagedAdapterError, LearnerError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import LoraWeights, digest, fresh_weights, read_adapter, read_fisher, read_state, write_adapter
 from gradatim.types import Adapter, AdapterId
@@ -31,18 +31,35 @@ class Beside:
     fisher: Mapping[str, Tensor] = field(default_factory=dict)  # of elastic weight consolidation
 
 
+def read_sound(adapter: Adapter, data_dir: Path) -> LoraWeights:
+    """Its weights. DamagedAdapterError where its files are missing or not what they were; AdapterError where the disk
+    does not give them now, as when the data directory is not mounted."""
+    folder = data_dir / adapter.path
+    try:
+        return read_adapter(folder, adapter.sha256)
+    except AdapterError as e:
+        cause = e.__cause__
+        away = isinstance(cause, OSError) and not (isinstance(cause, FileNotFoundError) and folder.parent.is_dir())
+        if away:
+            raise
+        raise DamagedAdapterError(adapter.id, f"{adapter.id} is damaged: {e}") from e
+
+
 def start(base: Base, config: LearnerConfig, data_dir: Path, parent: Adapter) -> tuple[LoraWeights, Beside]:
     """The parent's weights and what is beside them, less what is damaged; fresh ones for the base. LearnerError where
-    it is of another base, AdapterError where its weights are damaged."""
+    it is of another base, DamagedAdapterError or AdapterError as ``read_sound``."""
     if parent.base_sha256 != base.sha256:
         raise LearnerError(f"{parent.id} was trained on another base model ({parent.base_sha256[:12]})")
     if parent.step == 0:
         return fresh_weights(base.model, config.rank, config.alpha, config.seed), Beside()
     folder = data_dir / parent.path
-    weights = read_adapter(folder, parent.sha256)
+    weights = read_sound(parent, data_dir)
     if weights.rank != config.rank:
         log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, config.rank)
-    return weights, beside(folder)
+    kept = beside(folder)
+    if not kept.state:
+        log.warning("the optimiser starts afresh: there is no sound state of it beside %s", parent.id)
+    return weights, kept
 
 
 def beside(folder: Path) -> Beside:

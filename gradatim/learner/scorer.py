@@ -33,12 +33,15 @@ class TorchScorer:
         torch.set_num_threads(config.threads)
 
     def score(self, adapter: Adapter, examples: Sequence[Example]) -> Sequence[CaseScore]:
-        """One score per example, in order. AdapterError; LearnerError for an example that cannot be scored."""
+        """One score per example, in order; the adapter's files are looked at also where there is no example.
+
+        AdapterError; LearnerError for an example that cannot be scored.
+        """
         answers = {e.id: self._answer(e) for e in examples}
         with self._trainable.lock:
             known = {e.id: s for e in examples if (s := self._cache.get((adapter.sha256, e.id))) is not None}
             missing = [i for i in answers if i not in known]
-            if missing:
+            if missing or not examples:  # nothing to score: still, whether its files are sound
                 self._trainable.wear(adapter, self._data_dir)
                 scored = self._trainable.score([answers[i] for i in missing])
                 for i, result in zip(missing, scored, strict=True):

@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary
 import torch
 
 from gradatim.errors import AdapterError, ModelError
+from gradatim.learner.lineage import read_sound
 from gradatim.nn.base import Base
 from gradatim.nn.llama import LlamaPass, qualifies
-from gradatim.nn.lora import Lora, LoraWeights, read_adapter
+from gradatim.nn.lora import Lora, LoraWeights
 from gradatim.nn.pack import Answer, Scored, check_model, passes, score
 from gradatim.types import Adapter
 
@@ -60,7 +61,7 @@ class Trainable:
         if self._on == adapter.sha256:
             return
         self._on = None
-        self.lora.load(None if adapter.step == 0 else read_adapter(data_dir / adapter.path, adapter.sha256))
+        self.lora.load(None if adapter.step == 0 else read_sound(adapter, data_dir))
         self._on = adapter.sha256
 
     def forward(self, answers: Sequence[Answer]) -> list[Scored]:

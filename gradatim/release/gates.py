@@ -7,6 +7,7 @@ that no skill pays for another. Knows nothing of tensors: a Scorer tells how wel
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from scipy import stats
 
 from gradatim.config import GateConfig
-from gradatim.errors import AdapterError
+from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Scorer, Store
 from gradatim.release.cases import Cases
 from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
+
+log = logging.getLogger(__name__)
 
 
 class StaticGate:
@@ -155,7 +158,7 @@ class ReplayGate:
         self._cases = Cases(store, config.max_cases)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
-        cases = self._cases.choose(exclude=self._trained_by(candidate))
+        cases = self._scorable(candidate, self._cases.choose(exclude=self._trained_by(candidate)))
         evidence: dict[str, float] = {"cases": len(cases)}
         reasons = []
         decision = Decision.PASS
@@ -188,6 +191,27 @@ class ReplayGate:
             evidence=evidence,
             reason="; ".join(reasons) or self._passed(cases),
         )
+
+    def _scorable(self, candidate: Adapter, cases: Sequence[Example]) -> Sequence[Example]:
+        """Without those that cannot be scored, such as an answer longer than the learner takes: one of them must not
+        keep every candidate from its verdict."""
+        try:
+            self._scorer.score(candidate, cases)
+            return cases
+        except AdapterError:
+            raise
+        except LearnerError:
+            return [case for case in cases if self._can_be_scored(candidate, case)]
+
+    def _can_be_scored(self, candidate: Adapter, case: Example) -> bool:
+        try:
+            self._scorer.score(candidate, [case])
+        except AdapterError:
+            raise
+        except LearnerError as e:
+            log.warning("left out of the comparison: %s", e)
+            return False
+        return True
 
     def _passed(self, cases: Sequence[Example]) -> str:
         if not cases:

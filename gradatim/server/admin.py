@@ -18,6 +18,7 @@ from starlette.responses import Response
 from gradatim.errors import GradatimError
 from gradatim.protocols import Engine, Router, Store
 from gradatim.server.body import parse_json
+from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.problems import ApiError, json_response
 from gradatim.server.records import plain
@@ -60,13 +61,22 @@ class AdminRoutes:
     """Everything beside generating and feedback."""
 
     def __init__(
-        self, *, admin: Admin, engine: Engine, store: Store, router: Router, metrics: Metrics, name: str
+        self,
+        *,
+        admin: Admin,
+        engine: Engine,
+        store: Store,
+        router: Router,
+        metrics: Metrics,
+        writes: Writes,
+        name: str,
     ) -> None:
         self._admin = admin
         self._engine = engine
         self._store = store
         self._router = router
         self._metrics = metrics
+        self._writes = writes
         self._name = name
         self._began_at = time()
 
@@ -108,7 +118,7 @@ class AdminRoutes:
         return json_response({"status": "ok"})
 
     async def readyz(self, request: Request) -> Response:
-        """200 where a request would be answered now."""
+        """200 where a request would be answered now, and recorded."""
         checks = {"engine": await self._check_engine(), "store": await self._check_store()}
         ready = not any(checks.values())
         words = {name: trouble or "ok" for name, trouble in checks.items()}
@@ -139,7 +149,7 @@ class AdminRoutes:
             return f"no answer within {PROBE_TIMEOUT_S:.0f} s"
         except Exception as e:  # noqa: BLE001  whatever it is, the store is not ready
             return type(e).__name__
-        return ""
+        return self._writes.trouble()
 
     async def _rows(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = plain(await asyncio.to_thread(self._admin.adapters))

@@ -22,6 +22,7 @@ from gradatim.server.episodes import Episodes
 from gradatim.server.explain import ExplainRoutes
 from gradatim.server.feedback import FeedbackRoutes
 from gradatim.server.generation import Services
+from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.problems import ApiError, problem
 
@@ -32,6 +33,7 @@ def build_app(
     """The ASGI application. Starts and stops nothing: engine and store belong to the caller."""
     metrics = metrics or Metrics()
     metrics.watch(engine)
+    writes = Writes()
     limit = config.server.max_body_bytes
     services = Services(
         engine=engine,
@@ -39,12 +41,15 @@ def build_app(
         router=router,
         episodes=Episodes(store),
         metrics=metrics,
+        writes=writes,
         max_queue=config.server.max_queue,
     )
     completions = Completions(services, limit)
-    feedback = FeedbackRoutes(store, metrics, sources=config.reward.weights, max_body_bytes=limit)
+    feedback = FeedbackRoutes(store, metrics, writes, sources=config.reward.weights, max_body_bytes=limit)
     explain = ExplainRoutes(store)
-    operator = AdminRoutes(admin=admin, engine=engine, store=store, router=router, metrics=metrics, name=config.name)
+    operator = AdminRoutes(
+        admin=admin, engine=engine, store=store, router=router, metrics=metrics, writes=writes, name=config.name
+    )
     v1 = _v1(completions, feedback, explain, operator)
     app = Starlette(
         routes=[

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from gradatim.errors import GradatimError
 from gradatim.protocols import Store
 from gradatim.server.body import read_object
+from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.opinions import Opinion, check_id, parse_opinion
 from gradatim.server.problems import ApiError, json_response
@@ -32,9 +33,12 @@ _RETRY = {"Retry-After": "1"}
 class FeedbackRoutes:
     """Opinions in, revised, read and retracted."""
 
-    def __init__(self, store: Store, metrics: Metrics, *, sources: Mapping[str, float], max_body_bytes: int) -> None:
+    def __init__(
+        self, store: Store, metrics: Metrics, writes: Writes, *, sources: Mapping[str, float], max_body_bytes: int
+    ) -> None:
         self._store = store
         self._metrics = metrics
+        self._writes = writes
         self._sources = sources
         self._max_body_bytes = max_body_bytes
 
@@ -117,9 +121,11 @@ class FeedbackRoutes:
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await asyncio.shield(asyncio.wrap_future(self._store.submit(feedback)))
-        except GradatimError:
+        except GradatimError as e:
+            self._writes.failed(e)
             raise
         except Exception as e:  # a full or read-only disk; the driver's own errors
+            self._writes.failed(e)
             log.error("feedback was not recorded: %s", type(e).__name__)
             message = "the feedback could not be recorded; send it again with the same id"
             raise ApiError(503, message, code="unavailable", headers=_RETRY) from e

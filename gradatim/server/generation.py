@@ -18,6 +18,7 @@ from typing import Any
 from gradatim.errors import EngineError, OverloadedError, UnknownAdapterError
 from gradatim.protocols import Engine, Router, Store
 from gradatim.server.episodes import Chain, Episodes
+from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.wire import Call
 from gradatim.types import Delta, EpisodeId, Route, Started, Step, StepId
@@ -52,6 +53,7 @@ class Services:
     router: Router
     episodes: Episodes
     metrics: Metrics
+    writes: Writes
     max_queue: int
     running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
 
@@ -192,6 +194,7 @@ class Generation:
             future.result()
         except Exception as e:  # noqa: BLE001  the boundary to the store: counted, and the answer says so
             services.metrics.lost.inc(len(steps))
+            services.writes.failed(e)
             log.error("%d steps were not recorded: %s", len(steps), type(e).__name__)
             return False
         return True

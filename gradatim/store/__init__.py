@@ -6,6 +6,7 @@
 Knows the records and how to keep them; knows nothing of what they mean to serving or learning.
 """
 
+from gradatim.store.exclusive import Exclusive
 from gradatim.store.sql import SqlStore, open_store
 
-__all__ = ["SqlStore", "open_store"]
+__all__ = ["Exclusive", "SqlStore", "open_store"]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import BigInteger, Boolean, Column, Double, RowMapping
 
-from gradatim.errors import StoreError
+from gradatim.errors import RecordError, StoreError
 from gradatim.store.schema import TABLES, Codec
 from gradatim.types import Record
 
@@ -64,9 +64,9 @@ _CODED = {kind: [(c.name, c.info["codec"]) for c in fields if c.info] for kind, 
 
 
 def to_row(record: Record) -> Row:
-    """StoreError where a field cannot be kept."""
+    """RecordError where a field cannot be kept."""
     if type(record) not in _ENCODERS:
-        raise StoreError(
+        raise RecordError(
             f"{type(record).__name__} is not a kind of record; the store keeps those of gradatim.types.RECORDS"
         )
     row: Row = {}
@@ -76,7 +76,7 @@ def to_row(record: Record) -> Row:
             row[name] = None if value is None and nullable else encode(value)
         except (TypeError, ValueError, OverflowError, RecursionError, struct.error) as e:
             why = e if isinstance(e, ValueError) and not isinstance(e, UnicodeError) else type(e).__name__
-            raise StoreError(f"{type(record).__name__}.{name} cannot be stored: {why}") from e
+            raise RecordError(f"{type(record).__name__}.{name} cannot be stored: {why}") from e
     return row
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import ColumnElement, Connection, RowMapping, Table, func, selec
 from gradatim.errors import StoreError
 from gradatim.store import schema
 from gradatim.store.connections import Engines, connect, in_words
+from gradatim.store.exclusive import Exclusive
 from gradatim.store.migrations import migrate
 from gradatim.store.rows import storable, to_record
 from gradatim.store.transaction import job
@@ -209,6 +210,16 @@ class SqlStore:
             return {AdapterId(row.adapter_id): Stage(row.stage) for row in connection.execute(query)}
 
     # ------------------------------------------------------------------------------- beyond the protocol
+
+    @contextmanager
+    def exclusive(self, role: str, *, wait_s: float = 1.0) -> Iterator[Exclusive]:
+        """Be the only ``role`` on this database until the block ends. InUseError where another process is."""
+        held = Exclusive(self.engines, role)
+        held.take(wait_s=wait_s)
+        try:
+            yield held
+        finally:
+            held.release()
 
     def generation(self) -> int:
         """A number that rises whenever any stage changes: the position of the newest Move. Cheap to poll."""
