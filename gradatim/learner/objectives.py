@@ -45,7 +45,7 @@ class Scores:
     teacher: Tensor | None = None  # (T,) the sampled answer under the parent that was given the hint
 
     @property
-    def signs(self) -> Sequence[tuple[bool, Tensor, Tensor]]:
+    def judged(self) -> Sequence[tuple[bool, Tensor, Tensor]]:
         """(good, now, before) of each answer, summed over its tokens."""
         good = [True] * (self.item.chosen is not None) + [False] * (self.item.rejected is not None)
         return [(g, n.sum(), b.sum()) for g, n, b in zip(good, self.now, self.before, strict=True)]
@@ -191,7 +191,7 @@ class ApoZero:
     beta: float
 
     def __call__(self, scores: Scores, note: Note) -> Tensor:
-        parts = [losses.apo_zero_unpaired(now, before, self.beta, good=good) for good, now, before in scores.signs]
+        parts = [losses.apo_zero_unpaired(now, before, self.beta, good=good) for good, now, before in scores.judged]
         loss = torch.stack(parts).sum()
         note("loss_apo_zero", loss)
         return loss
@@ -240,7 +240,7 @@ class Kto:
                 good=good,
                 weight=self._desirable if good else self._undesirable,
             )
-            for good, now, before in scores.signs
+            for good, now, before in scores.judged
         ]
         loss = torch.stack(parts).sum()
         note("loss_kto", loss)
