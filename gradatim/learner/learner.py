@@ -30,7 +30,7 @@ from gradatim.errors import AdapterError, GradatimError, LearnerError
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.run import Run, summary
-from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
+from gradatim.learner.trainable import Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
 from gradatim.nn.lora import (
@@ -251,10 +251,22 @@ class LoraLearner:
             run.reference[item.example.id] = [scored.pop(0).logprobs for _ in item.answers]
 
     def _step(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
-        """Gradients of one batch, pass by pass; true when it has drifted too far from the parent."""
-        lora.zero_grad()
+        """Gradients of one batch; true when it has drifted too far from the parent."""
+        before = run.counted()
+
+        def attempt(pass_tokens: int) -> list[Tensor]:
+            run.recount(before)
+            lora.zero_grad()
+            return self._gradients(run, batch, pass_tokens)
+
+        drift = self._trainable.budget.fit(attempt)
+        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
+        return run.kl > self._config.kl_limit
+
+    def _gradients(self, run: Run, batch: Sequence[Item], pass_tokens: int) -> list[Tensor]:
+        """Pass by pass, added up; the drift of each replayed answer's tokens from the parent."""
         drift: list[Tensor] = []
-        for members in passes([i.answers for i in batch], PASS_TOKENS):
+        for members in passes([i.answers for i in batch], pass_tokens):
             items = [batch[m] for m in members]
             answers = [a for i in items for a in i.answers]
             scored = self._trainable.forward(answers)
@@ -271,8 +283,7 @@ class LoraLearner:
                 raise _RefusedError("the loss is not finite")
             (total / len(batch)).backward()  # type: ignore[no-untyped-call]
             run.used.update(i.example.id for i in items)
-        run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
-        return run.kl > self._config.kl_limit
+        return drift
 
     def _loss(self, run: Run, item: Item, mine: Sequence[Scored], reference: Sequence[Tensor]) -> Tensor:
         """Loss of one example, unweighted: a scalar. Parts go to the metrics."""
