@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from gradatim.errors import AdapterError, DamagedAdapterError, LearnerError
 from gradatim.learner import learner as learning
 from gradatim.learner import objectives
 from gradatim.learner.batch import Item, fit, steps
+from gradatim.learner.budget import Budget
 from gradatim.learner.learner import LoraLearner
 from gradatim.learner.scorer import TorchScorer
 from gradatim.nn.lora import STATE_DIGEST_FILE, STATE_FILE, TMP_PREFIX, WEIGHTS_FILE, read_adapter
+from gradatim.nn.pack import Answer, Scored, packed_tokens
 from gradatim.testing.learner import LEARNER_CHECKS, Check
 from gradatim.types import Adapter, Example, Update
 from tests import records
@@ -141,6 +144,8 @@ def test_a_batch_that_breaks_training_is_refused_and_not_tried_for_ever(
 
     made = learner(tmp_path)
     monkeypatch.setattr(made._trainable, "forward", out_of_memory)
+    for budget in ("budget", "_score_budget"):
+        monkeypatch.setattr(made._trainable, budget, Budget(512))
     update, adapter = made.update([pair()], [], base_adapter(), 1)
     assert adapter is None and not update.applied
     assert "can't allocate memory" in update.refused_because
@@ -321,3 +326,65 @@ def test_a_broken_example_is_refused_by_its_id_and_the_update_goes_on(
         assert bad.id not in (*update.example_ids, *update.replay_ids) and update.metrics["dropped"] == 1.0
         (line,) = (r.getMessage() for r in caplog.records if "is dropped" in r.getMessage())
         assert line.startswith("example the-bad-one is dropped") and why in line
+
+
+def _running_out(
+    make: Callable[[Sequence[Answer]], list[Scored]], calls: list[int], limit: int, error: Exception
+) -> Any:
+    """A pass that runs out of memory above that many tokens."""
+
+    def forward(answers: Sequence[Answer]) -> list[Scored]:
+        calls.append(packed_tokens(answers))
+        if calls[-1] > limit:
+            raise error
+        return make(answers)
+
+    return forward
+
+
+_NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+]
+
+
+@pytest.mark.parametrize("error", _NO_MEMORY)
+def test_when_memory_runs_out_the_step_is_made_again_in_smaller_passes(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = [pair(n, prompt_ids=tuple(range(n, n + 40))) for n in range(1, 9)]
+    expected, plenty = applied(learner(tmp_path / "a").update(examples, (), base_adapter(), 1))
+    other = learner(tmp_path / "b")
+    calls: list[int] = []
+    trained = other._trainable
+    monkeypatch.setattr(trained, "forward", _running_out(trained.forward, calls, 150, error))
+    monkeypatch.setattr(trained, "budget", Budget(512))
+    monkeypatch.setattr(trained, "_score_budget", Budget(512))
+    update, scarce = applied(other.update(examples, (), base_adapter(), 1))
+    assert max(calls) > 150 >= calls[-1]
+    assert trained.budget.tokens == 128
+    for name in ("loss_dpo", "loss_nll", "steps", "tokens", "pairs"):
+        assert update.metrics[name] == pytest.approx(expected.metrics[name], rel=1e-4), name
+    found, wanted = (read_adapter(f / a.path) for f, a in ((tmp_path / "b", scarce), (tmp_path / "a", plenty)))
+    for path, (_a, b) in wanted.modules.items():
+        assert (found.modules[path][1] - b).norm() <= 0.02 * b.norm()  # Adam's first steps enlarge what rounding leaves
+
+
+def test_other_errors_and_batches_that_never_fit_are_not_tried_again() -> None:
+    calls: list[int] = []
+
+    def broken(tokens: int) -> None:
+        calls.append(tokens)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        Budget(512).fit(broken)
+    assert calls == [512]
+
+    def never(tokens: int) -> None:
+        calls.append(tokens)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Budget(512).fit(never)
+    assert calls == [512, 512, 256, 128, 64]

@@ -30,7 +30,7 @@ from gradatim.learner.forgetting import Elastic
 from gradatim.learner.lineage import Beside
 from gradatim.learner.objectives import Objectives, Scores, is_silent
 from gradatim.learner.run import Run, summary
-from gradatim.learner.trainable import PASS_TOKENS, Trainable, trainable
+from gradatim.learner.trainable import Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
 from gradatim.nn.fisher import Fisher, gathering
@@ -172,14 +172,18 @@ class LoraLearner:
     def _fisher(self, run: Run, made: LoraWeights, step: int) -> Fisher:
         """Of the new weights, on contexts of this update, with labels that they draw themselves."""
         answers = forgetting.contexts(run.new, run.replay)
-        generator = torch.Generator().manual_seed(self._config.seed + 7919 * step)
-        labels = 0
-        with gathering(self._trainable.model, tuple(made.modules)) as gathered:
-            for members in passes([[a] for a in answers], PASS_TOKENS):
-                logprobs = drawn(self._trainable.model, [answers[m] for m in members], generator)
-                torch.autograd.backward(logprobs.sum())
-                labels += len(logprobs)
-        return gathered.fisher(max(1, labels))
+
+        def attempt(pass_tokens: int) -> Fisher:
+            generator = torch.Generator().manual_seed(self._config.seed + 7919 * step)
+            labels = 0
+            with gathering(self._trainable.model, tuple(made.modules)) as gathered:
+                for members in passes([[a] for a in answers], pass_tokens):
+                    logprobs = drawn(self._trainable.model, [answers[m] for m in members], generator)
+                    torch.autograd.backward(logprobs.sum())
+                    labels += len(logprobs)
+            return gathered.fisher(max(1, labels))
+
+        return self._trainable.budget.fit(attempt)
 
     def _batches(self, run: Run, seed: int) -> list[list[Item]]:
         """Of all gradient steps. What the parent gives already would teach nothing, and Adam would turn its tiny
@@ -219,13 +223,16 @@ class LoraLearner:
         lora = self._trainable.lora
 
         def claim_gradient(items: Sequence[Item]) -> Tensor:
-            lora.zero_grad()
-            for members in passes([i.answers for i in items], PASS_TOKENS):
-                some = [items[m] for m in members]
-                scored = self._trainable.forward([a for i in some for a in i.answers])
-                total = torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in some])
-                torch.autograd.backward(total.sum() / len(items))
-            return lora.gradient()
+            def attempt(pass_tokens: int) -> Tensor:
+                lora.zero_grad()
+                for members in passes([i.answers for i in items], pass_tokens):
+                    some = [items[m] for m in members]
+                    scored = self._trainable.forward([a for i in some for a in i.answers])
+                    total = torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in some])
+                    torch.autograd.backward(total.sum() / len(items))
+                return lora.gradient()
+
+            return self._trainable.budget.fit(attempt)
 
         def claims(items: Sequence[Item]) -> Tensor:
             scored = self._trainable.score([a for i in items for a in i.answers])
@@ -233,7 +240,7 @@ class LoraLearner:
 
         def loss_gradient(items: Sequence[Item]) -> Tensor:
             lora.zero_grad()
-            self._step(Run([], [], [], reference=run.reference), lora, items, of=len(items))
+            self._step(Run([], [], [], reference=run.reference), items, len(items), self._trainable.budget.tokens)
             return lora.gradient()
 
         return direction.Measure(lora.flat, claim_gradient, claims, loss_gradient)
@@ -295,26 +302,32 @@ class LoraLearner:
     def _gradient(self, run: Run, lora: Lora, batch: Sequence[Item]) -> bool:
         """The batch's gradient in ``lora.flat.grad``; true when it has drifted too far from the parent."""
         self._objectives.begin_step(self._trainable.score)
-        lora.zero_grad()
-        old = [i for i in batch if i.replayed]
-        if self._config.agem and 0 < len(old) < len(batch):
-            drift = self._step(run, lora, old, of=len(batch))
+        before = run.counted()
+
+        def attempt(pass_tokens: int) -> list[Tensor]:
+            run.recount(before)
+            lora.zero_grad()
+            old = [i for i in batch if i.replayed]
+            if not (self._config.agem and 0 < len(old) < len(batch)):
+                return self._step(run, batch, len(batch), pass_tokens)
+            drift = self._step(run, old, len(batch), pass_tokens)
             reference = lora.gradient()
             lora.zero_grad()
-            self._step(run, lora, [i for i in batch if not i.replayed], of=len(batch))
+            self._step(run, [i for i in batch if not i.replayed], len(batch), pass_tokens)
             assert lora.flat.grad is not None
             forgetting.without_conflict(run, lora.flat.grad, reference)
             lora.flat.grad.add_(reference)
-        else:
-            drift = self._step(run, lora, batch, of=len(batch))
+            return drift
+
+        drift = self._trainable.budget.fit(attempt)
         run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
         return run.kl > self._config.kl_limit
 
-    def _step(self, run: Run, lora: Lora, batch: Sequence[Item], of: int) -> list[Tensor]:
+    def _step(self, run: Run, batch: Sequence[Item], of: int, pass_tokens: int) -> list[Tensor]:
         """Add the gradient of some examples of a batch ``of`` so many, pass by pass; gives how far the replayed ones
         drifted from the parent, per token."""
         drift: list[Tensor] = []
-        for members in passes([i.answers for i in batch], PASS_TOKENS):
+        for members in passes([i.answers for i in batch], pass_tokens):
             items = [batch[m] for m in members]
             answers = [a for i in items for a in i.answers]
             scored = self._trainable.forward(answers)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -40,6 +42,16 @@ class Run:
     def add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
         self.counts[name] += 1
+
+    def counted(self) -> dict[str, Any]:
+        """What the passes of a step add up, as it is now."""
+        counts = {"sums": dict(self.sums), "counts": Counter(self.counts), "used": set(self.used)}
+        return counts | {"tokens": self.tokens, "packed": self.packed}
+
+    def recount(self, before: Mapping[str, Any]) -> None:
+        """Go back to what was ``counted`` before a step that has to be made again."""
+        for name, value in before.items():
+            setattr(self, name, copy(value))
 
     def chance(self, item: Item) -> float:
         """Of the parent giving exactly the item's first answer at temperature 1."""

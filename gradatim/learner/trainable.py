@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from gradatim.errors import AdapterError, ModelError
+from gradatim.learner.budget import Budget
 from gradatim.learner.lineage import read_sound
 from gradatim.nn.base import Base
 from gradatim.nn.llama import LlamaPass, qualifies
@@ -39,6 +40,8 @@ class Trainable:
         self.vocabulary: int = base.model.get_input_embeddings().weight.shape[0]
         self.lora = Lora(base.model)
         self.lock = threading.RLock()
+        self.budget = Budget(PASS_TOKENS)  # of passes with gradients
+        self._score_budget = Budget(SCORE_PASS_TOKENS)
         self._on: str | None = None  # digest of the adapter that is on the model
         check_model(base.model)
         self._layers = _own_layers(base.model, self.lora)
@@ -70,13 +73,14 @@ class Trainable:
 
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of any number of answers, without gradients."""
-        out: list[Scored | None] = [None] * len(answers)
         with torch.no_grad():
-            for members in passes([[a] for a in answers], SCORE_PASS_TOKENS):
-                scored = self.forward([answers[i] for i in members])
-                for i, s in zip(members, scored, strict=True):
-                    out[i] = s
-        return [s for s in out if s is not None]
+            return self._score_budget.fit(lambda tokens: self._score(answers, tokens))
+
+    def _score(self, answers: Sequence[Answer], pass_tokens: int) -> list[Scored]:
+        out: dict[int, Scored] = {}
+        for members in passes([[a] for a in answers], pass_tokens):
+            out |= zip(members, self.forward([answers[i] for i in members]), strict=True)
+        return [out[i] for i in range(len(answers))]
 
 
 def _own_layers(model: Any, lora: Lora) -> LlamaPass | None:

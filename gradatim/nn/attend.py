@@ -98,7 +98,7 @@ def attend(plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = v.new_empty(plan.queries, heads, plan.groups, size)
     for part in plan.parts:
         p = _probabilities(plan, part, q, k)
-        mixed = p.to(v.dtype) @ _gather(v, part.keys)  # (KH, queries * G, D)
+        mixed = torch.bmm(p.to(v.dtype), _gather(v, part.keys))  # (KH, queries * G, D)
         out[part.start : part.end] = mixed.view(heads, -1, plan.groups, size).transpose(0, 1)
     return out.flatten(1)
 
@@ -119,15 +119,17 @@ def attend_backward(
         mine = slice(part.start * plan.groups, part.end * plan.groups)
         p = _probabilities(plan, part, q, k)  # (KH, queries * G, keys)
         g = grad[:, mine]
-        _scatter(dv, p.to(v.dtype).transpose(1, 2) @ g, part.keys)
-        ds = (g @ _gather(v, part.keys).transpose(1, 2)).to(wide).sub_(delta[:, mine]).mul_(p).to(v.dtype)
-        dq[:, mine] = ds @ _gather(k_low, part.keys)
-        _scatter(dk, ds.transpose(1, 2) @ q_low[:, mine], part.keys)
+        _scatter(dv, torch.bmm(p.to(v.dtype).transpose(1, 2), g), part.keys)
+        dp = torch.bmm(g, _gather(v, part.keys).transpose(1, 2)).to(wide)
+        ds = dp.sub_(delta[:, mine]).mul_(p).to(v.dtype)
+        dq[:, mine] = torch.bmm(ds, _gather(k_low, part.keys))
+        _scatter(dk, torch.bmm(ds.transpose(1, 2), q_low[:, mine]), part.keys)
     return dq, dk, dv
 
 
 def _probabilities(plan: Plan, part: _Part, q: Tensor, k: Tensor) -> Tensor:
-    scores = q[:, part.start * plan.groups : part.end * plan.groups] @ _gather(k, part.keys).transpose(1, 2)
+    mine = q[:, part.start * plan.groups : part.end * plan.groups]
+    scores = torch.bmm(mine, _gather(k, part.keys).transpose(1, 2))
     scores[:, :, -part.mask.shape[1] :] += part.mask
     return scores.softmax(-1)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from gradatim.nn.attend import Plan, attend, attend_backward
 
+ROWS = 256  # of the MLP's intermediate values at a time
 NAMES = ("q", "k", "v", "o", "gate", "up", "down")  # the linear layers, in the order of their branches
 
 
@@ -166,7 +168,7 @@ class _Layer(torch.autograd.Function):
         middle = stream + y
         m, inverse2 = rms_norm(middle, layer.norms[1], layer.eps[1])
         (gate, up), h3 = fans[2].forward(m)
-        (y,), h4 = fans[3].forward(F.silu(gate).mul_(up))
+        y, h4 = _down(fans[3], gate, up)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(
                 x, rows, inverse1, q, k, v, mixed, middle, inverse2, gate, up, h1, h2, h3, h4, *branches
@@ -181,15 +183,8 @@ class _Layer(torch.autograd.Function):
         run: Pass = ctx.run
         fans = _fans(layer, run, branches)
         dtype: torch.dtype = gate.dtype
-        weight1, weight2 = layer.norms
 
-        silu = F.silu(gate)
-        (d_act), down_grads = fans[3].backward([grad.to(dtype)], silu * up, h4)
-        d_gate = torch.ops.aten.silu_backward(d_act * up, gate)
-        d_up = d_act.mul_(silu)
-        m = (middle * inverse2).mul_(weight2).to(dtype)
-        d_m, mlp_grads = fans[2].backward([d_gate, d_up], m, h3)
-        grad = rms_backward(grad, d_m, middle, inverse2, weight2)
+        grad, mlp_grads = _mlp_backward(fans[2:], layer, grad, (middle, inverse2, gate, up, h3, h4))
 
         d_mixed, out_grads = fans[1].backward([grad.to(dtype)], mixed, h2)
         dq, dk, dv = attend_backward(run.plan, d_mixed, q, k, v, mixed)
@@ -198,13 +193,44 @@ class _Layer(torch.autograd.Function):
         cos, sin = run.cos[:, None], -run.sin[:, None]
         dq = _rotate(dq.view(*k.shape[:2], -1, k.shape[2]), cos * layer.scaling, sin * layer.scaling)
         dk = _rotate(dk[:, :, None], cos, sin)
-        n = (x * inverse1).mul_(weight1).to(dtype)
+        n = (x * inverse1).mul_(layer.norms[0]).to(dtype)
         heads = [_join_heads(d, dtype) for d in (dq, dk, dv[:, :, None])]
         through = ctx.needs_input_grad[0]
         d_n, in_grads = fans[0].backward(heads, n, h1, through=through)
-        dx = rms_backward(grad, d_n, x, inverse1, weight1) if through else None
-        grads = [*in_grads, *out_grads, *mlp_grads, *down_grads]
-        return dx, None, None, None, *grads
+        dx = rms_backward(grad, d_n, x, inverse1, layer.norms[0]) if through else None
+        return dx, None, None, None, *in_grads, *out_grads, *mlp_grads
+
+
+def _down(fan: _Fan, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The MLP's last layer, by a few rows at a time."""
+    parts = [fan.forward(F.silu(g).mul_(u)) for g, u in zip(gate.split(ROWS), up.split(ROWS), strict=True)]
+    hs = [h for _, h in parts if h is not None]
+    return torch.cat([ys[0] for ys, _ in parts]), torch.cat(hs) if hs else None
+
+
+def _mlp_backward(
+    fans: Sequence[_Fan], layer: Layer, grad: Tensor, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradient of the stream before the MLP, and of the branches of gate, up and down. By a few rows at a time: what
+    lies between two products then stays in the cache, and takes no fresh pages."""
+    out = torch.empty_like(grad)
+    sums: list[Tensor | None] = []
+    for chunk in zip(*(t.split(ROWS) if t is not None else repeat(None) for t in (out, grad, *saved)), strict=False):
+        into, g, middle, inverse, gate, up, h3, h4 = chunk
+        silu = F.silu(gate)
+        (d_act, down_grads) = fans[1].backward([g.to(gate.dtype)], silu * up, h4)
+        d_gate = torch.ops.aten.silu_backward(d_act * up, gate)
+        m = (middle * inverse).mul_(layer.norms[1]).to(gate.dtype)
+        d_m, grads = fans[0].backward([d_gate, d_act.mul_(silu)], m, h3)
+        into.copy_(rms_backward(g, d_m, middle, inverse, layer.norms[1]))
+        sums = _added(sums, [*grads, *down_grads], grad.dtype)
+    return out, sums
+
+
+def _added(sums: list[Tensor | None], grads: list[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    if not sums:
+        return [None if g is None else g.to(dtype, copy=True) for g in grads]
+    return [None if s is None or g is None else s.add_(g) for s, g in zip(sums, grads, strict=True)]
 
 
 def _fans(layer: Layer, run: Pass, branches: Sequence[Tensor | None]) -> list[_Fan]:

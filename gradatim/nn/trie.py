@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BLOCK_TOKENS = 256  # queries of one attention call: small neighbouring branches share one, long runs are cut
+BLOCK_TOKENS = 128  # queries of one attention call: small neighbouring branches share one, long runs are cut
 
 
 @dataclass(frozen=True, slots=True)
