@@ -39,10 +39,10 @@ COLOURS = {"joint": "#444444", "ewc": "#1b6ca8", "sgd": "#b03a2e"}
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "digits.png"
 HIDDEN = 256
 BATCH = 32
-LR = 0.02
-EPOCHS = 20
+LR = 0.2
+EPOCHS = 10
 FISHER_IMAGES = 400
-STRENGTH = 100.0  # lambda
+STRENGTH = 300.0  # lambda
 
 
 def draw(logits: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def picture(curves: dict[str, list[list[float]]], path: Path) -> None:
 
 def choose(tasks: int, epochs: int) -> None:
     """Accuracy after all tasks by lambda, on two seeds that are not reported."""
-    for strength in (10.0, 30.0, 100.0, 300.0, 1000.0):
+    for strength in (30.0, 100.0, 300.0, 1000.0):
         ends = [learn("ewc", Stream(tasks, seed), seed, strength, epochs)[-1] for seed in (900, 901)]
         print(f"lambda {strength:g}: {sum(ends) / 2:.3f}")
 
