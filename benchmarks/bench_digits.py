@@ -40,9 +40,9 @@ PICTURE = Path(__file__).resolve().parents[1] / "docs" / "digits.png"
 HIDDEN = 256
 BATCH = 32
 LR = 0.2
-EPOCHS = 10
+EPOCHS = 5
 FISHER_IMAGES = 400
-STRENGTH = 300.0  # lambda
+STRENGTH = 100.0  # lambda
 
 
 def draw(logits: Tensor) -> Tensor:
@@ -148,12 +148,12 @@ def main() -> None:
     ends = {arm: interval([c[-1] for c in curves[arm]]) for arm in ARMS}
     if not args.quick:
         picture(curves, PICTURE)
+    gain = interval([e[-1] - s[-1] for e, s in zip(curves["ewc"], curves["sgd"], strict=True)])
     lost = {arm: ends["joint"][0] - ends[arm][0] for arm in ("ewc", "sgd")}
     goals = [
         *(harness.Goal(f"accuracy after {tasks} tasks, {arm}", ends[arm][0]) for arm in ARMS),
-        harness.Goal(
-            "share of SGD's loss to joint training that EWC avoids", 1.0 - lost["ewc"] / lost["sgd"], ">= 0.5"
-        ),
+        harness.Goal("EWC over SGD, paired by seed, lower end of the 95 % interval", gain[1], ">= 0"),
+        harness.Goal("share of SGD's loss to joint training that EWC avoids", 1.0 - lost["ewc"] / lost["sgd"]),
     ]
     details = {
         "seeds": seeds,
