@@ -39,7 +39,7 @@ def linear(gradients: dict[str, Tensor]) -> Measure:
     def losses(items: Sequence[Item]) -> Tensor:
         return torch.stack([gradients[i.example.id] @ flat for i in items])
 
-    return Measure(flat, gradient, losses, gradient)
+    return Measure(flat, 0.1, gradient, losses, gradient)
 
 
 def test_cosines_of_linear_losses_are_exact() -> None:
@@ -123,7 +123,7 @@ def taught(folder: Path) -> tuple[Adapter, list[Example]]:
 def test_flipped_labels_are_caught_and_honest_ones_are_not(tmp_path: Path) -> None:
     """Error rates over a simulation: 6 batches of 16 in which two of five labels are inverted."""
     parent, known = taught(tmp_path)
-    subject = learner(tmp_path, epochs=1, lr=1e-4)
+    subject = learner(tmp_path, epochs=1, lr=1e-4, gate_cosine=0.2)
     caught = missed = wronged = 0
     for batch in range(6):
         examples = [lesson(1000 + 16 * batch + n) for n in range(16)]
@@ -142,9 +142,9 @@ def test_flipped_labels_are_caught_and_honest_ones_are_not(tmp_path: Path) -> No
 def test_a_batch_of_nothing_but_flipped_labels_is_refused(tmp_path: Path) -> None:
     parent, known = taught(tmp_path)
     bad = [flipped(lesson(n)) for n in range(10)]
-    update, adapter = learner(tmp_path).update(bad, known, parent, 2)
+    update, adapter = learner(tmp_path, gate_cosine=0.2).update(bad, known, parent, 2)
     assert adapter is None and not update.applied and "pull against the trusted ones" in update.refused_because
-    off, made = learner(tmp_path, gate_cosine=0.0).update(bad, known, parent, 2)
+    off, made = learner(tmp_path).update(bad, known, parent, 2)
     assert made is not None and off.applied and "gate_cosine" not in off.metrics
 
 
@@ -154,7 +154,7 @@ def test_a_skill_that_nobody_taught_yet_is_let_in(tmp_path: Path) -> None:
         replace(lesson(n), id=f"other-{n}", prompt_ids=(3, 4, 5, n), chosen_ids=(20, 21), rejected_ids=(30, 31))
         for n in range(8)
     ]
-    update, _ = applied(learner(tmp_path).update(other, known, parent, 2))
+    update, _ = applied(learner(tmp_path, gate_cosine=0.2).update(other, known, parent, 2))
     assert len(update.example_ids) >= 7
 
 

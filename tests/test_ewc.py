@@ -49,6 +49,24 @@ def test_the_penalty_is_the_sum_over_tasks() -> None:
     torch.testing.assert_close(model.weight.grad, slow, rtol=1e-4, atol=1e-4)
 
 
+def test_the_implicit_step_is_the_proximal_operator_and_small_ones_are_gradient_steps() -> None:
+    """Its end q minimises penalty(q) + |q - p|^2 / (2 lr): there q - p = -lr times the penalty's gradient at q."""
+    torch.manual_seed(0)
+    for lr in (1e-4, 0.5, 1e4):
+        model = nn.Linear(3, 2)
+        past = Consolidation(model.parameters())
+        for _ in range(2):
+            past.remember([torch.rand_like(p) for p in model.parameters()])
+            with torch.no_grad():
+                model.weight.add_(torch.randn_like(model.weight))
+        before = model.weight.detach().clone()
+        past.step(2.0, lr)
+        past.penalty(2.0).backward()  # type: ignore[no-untyped-call]
+        assert model.weight.grad is not None
+        moved = (model.weight.detach() - before) / lr
+        torch.testing.assert_close(moved, -model.weight.grad, rtol=2e-2, atol=2e-3)
+
+
 def test_no_input_no_fisher() -> None:
     with pytest.raises(ValueError, match="no input"):
         diagonal_fisher(nn.Linear(1, 2), [], draw)

@@ -11,7 +11,8 @@ long as neither is likely, and it vanishes once an answer is known. The slope of
 costs two forward passes of all new examples, by central differences, and no gradient of its own.
 
 It knows no losses and no model: both come as functions. Its blind spots: what trusted examples are wrong about, and a
-harmful example that is at right angles to all of them.
+harmful example that is at right angles to all of them. An honest one that says of its page the opposite of what most
+trusted ones say of theirs is refused wrongly, as long as the model does not tell such pages apart.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from gradatim.learner.batch import Item
 TRUSTED = 16  # trusted examples whose gradient is the direction, at most
 LEAST_TRUSTED = 4  # with fewer there is no direction to go by
 TYPICAL = 3  # new examples whose own gradients are measured, for the typical norm
-STEP = 0.1  # length of the displacement, in the norm of all A and B
 MOST_SHARE = 0.2  # of one contributor in the sum of norms
 
 
@@ -37,6 +37,7 @@ class Measure:
     """How claims and losses look from a set of weights."""
 
     flat: Tensor  # (P,) the weights themselves, moved and put back
+    step: float  # how far, in the norm of all A and B: in 16 bits a short one drowns in rounding
     claim_gradient: Callable[[Sequence[Item]], Tensor]  # of the mean claim of some examples, (P,)
     claims: Callable[[Sequence[Item]], Tensor]  # of each example, (N,), without gradients
     loss_gradient: Callable[[Sequence[Item]], Tensor]  # of the mean weighted loss of some examples, (P,)
@@ -125,13 +126,13 @@ def _slopes(items: Sequence[Item], direction: Tensor, measure: Measure) -> Tenso
     """d claim / d step of each example (N,) along ``direction`` (P,), by central differences."""
     start = measure.flat.detach().clone()
     try:
-        measure.flat.data.add_(direction, alpha=STEP)
+        measure.flat.data.add_(direction, alpha=measure.step)
         ahead = measure.claims(items)
-        measure.flat.data.copy_(start).add_(direction, alpha=-STEP)
+        measure.flat.data.copy_(start).add_(direction, alpha=-measure.step)
         behind = measure.claims(items)
     finally:
         measure.flat.data.copy_(start)
-    return (ahead - behind) / (2.0 * STEP)
+    return (ahead - behind) / (2.0 * measure.step)
 
 
 # ----------------------------------------------------------------------------------------- contributors

@@ -243,7 +243,8 @@ class LoraLearner:
             self._step(Run([], [], [], reference=run.reference), items, len(items), self._trainable.budget.tokens)
             return lora.gradient()
 
-        return direction.Measure(lora.flat, claim_gradient, claims, loss_gradient)
+        step = 0.1 if self._base.dtype == torch.float32 else 0.4
+        return direction.Measure(lora.flat, step, claim_gradient, claims, loss_gradient)
 
     def _walk(
         self,
