@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import httpx
 import openai
@@ -21,8 +21,7 @@ from gradatim.demo.wire import SESSION_HEADER, SIDE, TURN_HEADER, FeedbackSink, 
 
 MAX_TOKENS = 16
 STOP = "\n"
-REASKS = 8  # times it asks for an answer that did not fail on this very page,
-BOLDER = 0.1  # with so much more temperature each time
+REASKS = 4  # times it asks for an answer that did not fail on this very page
 
 SYSTEM = "You operate a web page. Answer with one action: click N, or type N TEXT."
 
@@ -197,9 +196,8 @@ def run_episode(
 def _ask_anew(
     caller: Caller, observation: str, session_id: str, task: str, tried: Set[tuple[str, str]]
 ) -> tuple[str, Served, float]:
-    for again in range(REASKS):
-        bold = replace(caller, temperature=caller.temperature + BOLDER * again)
-        answer, who, latency_s = bold.ask(observation, session_id=session_id, task=task)
+    for _ in range(REASKS):
+        answer, who, latency_s = caller.ask(observation, session_id=session_id, task=task)
         if (observation, answer) not in tried:
             break
     return answer, who, latency_s

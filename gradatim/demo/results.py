@@ -46,7 +46,7 @@ class StoryConfig:
     """The longest wait for the loop to have judged the harmful batch."""
     identity: int = 10
     """Prompts on which the frozen model must answer the same before and after."""
-    attempts: int = 4
+    attempts: int = 3
     """At a page whose outcome is the only signal, before the agent gives up on it."""
     random_episodes: int = 200
     retrieved: int = 5

@@ -203,9 +203,8 @@ class _Layer(torch.autograd.Function):
 
 def _down(fan: _Fan, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor | None]:
     """The MLP's last layer, by a few rows at a time."""
-    parts = [
-        fan.forward(F.silu(g).mul_(u)) for g, u in zip(torch.split(gate, ROWS), torch.split(up, ROWS), strict=True)
-    ]
+    pairs = zip(torch.split(gate, ROWS), torch.split(up, ROWS), strict=True)
+    parts = [fan.forward(F.silu(g).mul_(u)) for g, u in pairs]
     hs = [h for _, h in parts if h is not None]
     return torch.cat([ys[0] for ys, _ in parts]), torch.cat(hs) if hs else None
 
@@ -217,9 +216,7 @@ def _mlp_backward(
     lies between two products then stays in the cache, and takes no fresh pages."""
     out = torch.empty_like(grad)
     sums: list[Tensor | None] = []
-    for chunk in zip(
-        *(torch.split(t, ROWS) if t is not None else repeat(None) for t in (out, grad, *saved)), strict=False
-    ):
+    for chunk in zip(*(repeat(None) if t is None else torch.split(t, ROWS) for t in (out, grad, *saved)), strict=False):
         into, g, middle, inverse, gate, up, h3, h4 = chunk
         silu = F.silu(gate)
         (d_act, down_grads) = fans[1].backward([g.to(gate.dtype)], silu * up, h4)
