@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from gradatim.protocols import Store
 from gradatim.server.problems import ApiError, json_response
-from gradatim.server.records import backwards, end, newest, plain
+from gradatim.server.records import backwards, newest, plain
 from gradatim.types import Adapter, Credit, EpisodeId, Example, Feedback, Move, Reward, Step, StepId, Update, Verdict
 
 MAX_PAGE = 200
@@ -41,10 +41,10 @@ class ExplainRoutes:
         return json_response(await asyncio.to_thread(self._explain, request.path_params["id"]))
 
     def _page(self, limit: int, after: int) -> Json:
-        before = low = after or end(self._store, Step) + 1
+        low = after
         seen: set[str] = set()
         rows: list[Json] = []
-        for position, step in backwards(self._store, Step, before, SCAN):
+        for position, step in backwards(self._store, Step, after, SCAN):
             if step.episode_id not in seen:
                 if len(rows) == limit:
                     break
