@@ -77,7 +77,7 @@ class StoryConfig:
             held_out=64,
             curve=8,
             rounds=6,
-            redesign_rounds=6,
+            redesign_rounds=5,
             corrected=4,
             outcomes=3,
             harmful=12,
