@@ -264,7 +264,12 @@ class Learner:
     """Trains nothing."""
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        step: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         made = an_adapter(step, base_sha256="base", parent_id=parent.id, update_id=f"update-{step}")
         return an_update(step, parent.step, [e.id for e in examples]), made

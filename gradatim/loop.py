@@ -26,6 +26,7 @@ from gradatim.types import (
     Move,
     Record,
     Stage,
+    Step,
     Update,
     Verdict,
 )
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
 SECOND_CHANCE_AMONG = 64  # updates of the live adapter; what was refused before them is not tried again
+FRESH = 8  # answers of the live adapter on which a candidate's distance from it is measured
 SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
 
@@ -160,11 +162,16 @@ class Loop:
         revised = {e.step_id for e in examples}
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
-        update, adapter = self.learner.update(examples, replay, live, self._next_step())
+        update, adapter = self.learner.update(examples, replay, live, self._next_step(), self._traffic(live))
         update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: waiting.cursor})
         return True
+
+    def _traffic(self, live: Adapter) -> Sequence[Step]:
+        """The newest answers of the live adapter."""
+        answers = [s for _, s in self.store.newest(Step, adapter_id=live.id, limit=4 * FRESH)]
+        return [s for s in answers if s.trainable and s.finish_reason != "aborted" and s.completion_ids][:FRESH]
 
     def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than

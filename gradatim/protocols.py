@@ -151,7 +151,12 @@ class Learner(Protocol):
     so that a rollback, a restart and a refusal need nothing undone."""
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        step: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         """A refused update comes back with its reason and no adapter. LearnerError where it broke."""
 

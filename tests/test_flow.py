@@ -13,7 +13,7 @@ from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
 from gradatim.credit import OutcomeCredit
 from gradatim.errors import DamagedAdapterError, TransitionError
 from gradatim.examples import ExampleBuilder
-from gradatim.loop import JUDGED, LEARNED, Loop
+from gradatim.loop import FRESH, JUDGED, LEARNED, Loop
 from gradatim.protocols import Store
 from gradatim.release.traffic import promote, rollback
 from gradatim.reward import WeightedReward
@@ -26,6 +26,7 @@ from gradatim.types import (
     Move,
     Reward,
     Stage,
+    Step,
     Update,
     Verdict,
 )
@@ -38,11 +39,18 @@ from .test_examples import Letters
 class CountingLearner:
     calls: list[tuple[list[str], str, int]] = field(default_factory=list)
     refuses: bool = False
+    traffic: list[list[str]] = field(default_factory=list)
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, number: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        number: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         self.calls.append(([e.id for e in examples], parent.id, number))
+        self.traffic.append([s.id for s in traffic])
         made = adapter(number, parent=parent.step)
         record = Update(
             id=f"u{number}",
@@ -136,6 +144,18 @@ def test_from_feedback_to_a_decision(store: Store, decision: Decision, stage: St
     stages = store.stages("agent")
     assert stages[AdapterId("agent@1")] is stage
     assert [a for a, s in stages.items() if s is Stage.LIVE] == [live]
+
+
+def test_the_learner_is_shown_what_the_live_adapter_answered_last(store: Store) -> None:
+    loop, learner = loop_on(store)
+    for k in range(12):
+        store.append(step(f"t{k}", f"other{k}", adapter_id=AdapterId("agent@0")))
+    store.append(step("side", "x", adapter_id=AdapterId("agent@0"), trainable=False))
+    store.append(step("left", "x", adapter_id=AdapterId("agent@0"), finish_reason="aborted"))
+    store.append(step("newer", "x", adapter_id=AdapterId("agent@1")))
+    store.append(step("e-s0", "e", adapter_id=AdapterId("agent@1")), feedback("outcome", "e", value=1.0))
+    loop.turn()
+    assert learner.traffic == [[f"t{k}" for k in range(11, 11 - FRESH, -1)]]
 
 
 def test_nothing_is_learned_without_feedback(store: Store) -> None:
@@ -392,10 +412,15 @@ class DamagedFiles(CountingLearner):
             raise DamagedAdapterError(adapter.id, f"{adapter.id} is damaged: digest mismatch")
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, number: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        number: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         self._read(parent)
-        return super().update(examples, replay, parent, number)
+        return super().update(examples, replay, parent, number, traffic)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
         self._read(candidate)

@@ -302,7 +302,7 @@ def test_a_parent_whose_optimiser_state_was_tidied_away_is_trained_from_all_the_
         (tmp_path / parent.path / name).unlink()
     update, other = applied(subject.update([pair(2)], [], parent, 3))
     assert update.applied and other.sha256 != child.sha256
-    assert "the optimiser starts afresh: the state beside agent@1 is no longer kept" in caplog.text
+    assert "the optimiser starts afresh: there is no sound state of it beside agent@1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -353,8 +353,8 @@ def test_when_memory_runs_out_the_step_is_made_again_in_smaller_passes(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = [pair(n, prompt_ids=tuple(range(n, n + 40))) for n in range(1, 9)]
-    expected, plenty = applied(learner(tmp_path / "a").update(examples, (), base_adapter(), 1))
-    other = learner(tmp_path / "b")
+    expected, plenty = applied(learner(tmp_path / "a", batch=8).update(examples, (), base_adapter(), 1))
+    other = learner(tmp_path / "b", batch=8)
     calls: list[int] = []
     trained = other._trainable
     monkeypatch.setattr(trained, "forward", _running_out(trained.forward, calls, 150, error))
@@ -388,3 +388,15 @@ def test_other_errors_and_batches_that_never_fit_are_not_tried_again() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         Budget(512).fit(never)
     assert calls == [512, 512, 256, 128, 64]
+
+
+def test_the_record_says_what_was_trained_how_and_at_what_cost(tmp_path: Path) -> None:
+    subject = learner(tmp_path, epochs=20)
+    _, parent = applied(subject.update([imitate(9, chosen_ids=(20, 21))], [], base_adapter(), 1))
+    replay = [imitate(9, chosen_ids=(20, 21))]
+    update, _ = applied(subject.update([pair(1), pair(2), imitate(3)], replay, parent, 2))
+    metrics = update.metrics
+    assert (metrics["examples_dpo"], metrics["examples_sft"]) == (2, 1)
+    assert (metrics["replayed"], metrics["replay_share"]) == (1, 0.25)
+    assert 0.5 < metrics["replay_chance_before"] < 1.0 and 0.0 < metrics["replay_chance_after"] < 1.0
+    assert 10**7 < metrics["peak_memory_bytes"] < 10**11

@@ -22,7 +22,7 @@ from gradatim.reward import WeightedReward
 from gradatim.skills import PromptSkills
 from gradatim.store import SqlStore, open_store, rows
 from gradatim.testing.fakes import FakeEngine
-from gradatim.types import Adapter, AdapterId, CaseScore, Example, Message, Stage, Update
+from gradatim.types import Adapter, AdapterId, CaseScore, Example, Message, Stage, Step, Update
 
 from .records import adapter, feedback, step
 
@@ -34,7 +34,12 @@ class Learner:
     """Makes an adapter of anything; every third one is refused by the gates."""
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, number: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        number: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         made = adapter(number, parent=parent.step)
         update = Update(

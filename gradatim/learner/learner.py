@@ -29,21 +29,22 @@ from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.forgetting import Elastic
 from gradatim.learner.lineage import Beside
 from gradatim.learner.objectives import Objectives, Scores, is_silent
-from gradatim.learner.run import Run, summary
+from gradatim.learner.region import Region
+from gradatim.learner.run import Run, retention, summary
 from gradatim.learner.trainable import Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
 from gradatim.nn.fisher import Fisher, gathering
 from gradatim.nn.lora import TMP_PREFIX, Lora, LoraWeights, blend, read_adapter, relative_norm
 from gradatim.nn.pack import Scored, drawn, packed_tokens, passes
-from gradatim.types import Adapter, Example, Update
+from gradatim.types import Adapter, Example, Step, Update
 
 log = logging.getLogger(__name__)
 
 CLIP_NORM = 1.0
 KNOWN = 0.9  # an answer to imitate that the parent gives with this chance is rehearsed, not taught
 BACKTRACKS = 3  # so many steps taken back end an update
-PROBE_EXAMPLES = 8  # new examples that are scored once more at the end, for the record
+PROBE_EXAMPLES = 8  # new and replayed examples, each, that are scored once more at the end, for the record
 
 
 class _RefusedError(Exception):
@@ -65,7 +66,12 @@ class LoraLearner:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def update(
-        self, examples: Sequence[Example], replay: Sequence[Example], parent: Adapter, step: int
+        self,
+        examples: Sequence[Example],
+        replay: Sequence[Example],
+        parent: Adapter,
+        step: int,
+        traffic: Sequence[Step] = (),
     ) -> tuple[Update, Adapter | None]:
         """Train a child of ``parent``. Refused where no example is usable, a number is not finite or torch gives up.
 
@@ -81,7 +87,7 @@ class LoraLearner:
             if not run.new:
                 reasons = "; ".join(sorted(set(run.dropped))[:3]) or "none was given"
                 raise _RefusedError(f"no usable example: {reasons}")
-            weights, beside, extra = self._train(run, parent, step)
+            weights, beside, extra = self._train(run, parent, step, traffic)
             adapter = self._save(weights, beside, parent, step, update_id)
         except GradatimError:
             raise  # of the parent or the disk: the same examples are worth another try
@@ -150,17 +156,24 @@ class LoraLearner:
 
     # ----------------------------------------------------------------------------------------- training
 
-    def _train(self, run: Run, parent: Adapter, step: int) -> tuple[LoraWeights, Beside, dict[str, float]]:
+    def _train(
+        self, run: Run, parent: Adapter, step: int, traffic: Sequence[Step]
+    ) -> tuple[LoraWeights, Beside, dict[str, float]]:
         weights, beside = self._start(parent)
         self._objectives = Objectives(self._config)
         elastic = Elastic(weights, beside.fisher, self._config.ewc)
         with self._trainable.training(weights) as lora:
             optimizer = _optimizer(lora, beside.state)
             started_s = time.monotonic()
+            first = lora.flat.detach().clone()
+            region = Region(self._trainable, traffic, self._config)
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._objectives.begin([*run.new, *run.replay], self._trainable.score)
+            run.figures |= self._objectives.census(run.new)
             self._walk(run, lora, optimizer, elastic, batches, warm_up=not beside.state)
+            if too_far := region.hold(run, lora, first):
+                raise _RefusedError(too_far)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
@@ -353,12 +366,18 @@ class LoraLearner:
         return self._objectives.loss(scores, run.add)
 
     def _probe(self, run: Run) -> dict[str, float]:
-        """Some new examples, before and after: did it learn them?"""
-        taught = [i for i in run.new if i not in run.known]
-        items = taught[:: -(-len(taught) // PROBE_EXAMPLES) or 1]
-        scored = self._trainable.score([a for i in items for a in i.answers])
-        after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in items}
-        return summary(items, run.reference, "before") | summary(items, after, "after")
+        """Some new examples, before and after: did it learn them? And some replayed ones: does it still know them?"""
+        taught = _some([i for i in run.new if i not in run.known])
+        kept = _some([i for i in run.replay if i.chosen is not None and i.example.id in run.reference])
+        scored = self._trainable.score([a for i in (*taught, *kept) for a in i.answers])
+        after = {i.example.id: [scored.pop(0).logprobs for _ in i.answers] for i in (*taught, *kept)}
+        figures = summary(taught, run.reference, "before") | summary(taught, after, "after")
+        return figures | retention(kept, run.reference, "before") | retention(kept, after, "after")
+
+
+def _some(items: Sequence[Item]) -> Sequence[Item]:
+    """At even distances."""
+    return items[:: -(-len(items) // PROBE_EXAMPLES) or 1]
 
 
 def _nothing_to_learn(run: Run) -> str:

@@ -12,6 +12,7 @@ them (KTO's baseline, advantages) is made anew for each update. It knows no mode
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
@@ -84,7 +85,8 @@ class Objectives:
             "policy_gradient": self._gradient,
             "self_distillation": self_distillation,
         }
-        self._by_kind = {kind: built[name] for kind, name in asdict(config.losses).items()}
+        self._names: Mapping[str, str] = asdict(config.losses)
+        self._by_kind = {kind: built[name] for kind, name in self._names.items()}
 
     def of(self, item: Item) -> Objective:
         return self._by_kind[route(item)]
@@ -92,6 +94,11 @@ class Objectives:
     def wants_teacher(self, item: Item) -> bool:
         """Whether its loss compares the answer with what the parent says of it when it is given the hint."""
         return item.hinted is not None and self.of(item) is self_distillation
+
+    def census(self, items: Sequence[Item]) -> dict[str, float]:
+        """How many examples each loss has, by its name."""
+        names = Counter(self._names[route(i)] for i in items)
+        return {f"examples_{name}": float(count) for name, count in names.items()}
 
     def begin(self, items: Sequence[Item], score: Score) -> None:
         """Before the first gradient step, under the parent's weights: whatever compares the examples of an update."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradatim.learner.batch import Item
@@ -64,6 +67,7 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The finite figures of the update's record."""
         kinds = Counter(i.example.kind for i in self.new)
+        rehearsed = sum(i.example.id in self.used for i in (*self.replay, *self.known))
         out: dict[str, float] = {name: self.sums[name] / self.counts[name] for name in self.sums if name != "settled"}
         out |= {
             "settled": self.counts["settled"],
@@ -75,6 +79,9 @@ class Run:
             "silent_hints": len(self.silent),
             "dropped": len(self.dropped),
             "truncated": sum(i.truncated for i in (*self.new, *self.replay)),
+            "replayed": rehearsed,
+            "replay_share": rehearsed / len(self.used) if self.used else 0.0,
+            "peak_memory_bytes": peak_memory_bytes(),
             "steps": self.steps,
             "tokens": self.tokens,
             "packed_tokens": self.packed,
@@ -99,3 +106,16 @@ def summary(items: Sequence[Item], logprobs: Mapping[str, Sequence[Tensor]], whe
     ]
     named = {"chosen_logprob": chosen, "rejected_logprob": rejected, "pair_accuracy": wins}
     return {f"{name}_{when}": sum(values) / len(values) for name, values in named.items() if values}
+
+
+def retention(items: Sequence[Item], logprobs: Mapping[str, Sequence[Tensor]], when: str) -> dict[str, float]:
+    """Mean chance of giving exactly the good answers of replayed examples."""
+    chances = [math.exp(float(logprobs[i.example.id][0].sum())) for i in items]
+    return {f"replay_chance_{when}": sum(chances) / len(chances)} if chances else {}
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process ever held: on the graphics card, where it uses one, or else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,76 @@
+"""How far an update may go, measured on what users ask now: the live adapter's newest answers, whatever their worth.
+
+Forgetting is foretold by the divergence from the old policy on the inputs at hand (RL's Razor, Shenfeld 2025,
+arXiv:2509.04259), so there are two budgets, both in nats a token:
+
+    of an update   KL(live || candidate) ~ mean(log live - log candidate). A change that is over it is shortened
+    of a life      KL(candidate || frozen) ~ mean(log candidate - log frozen). Over it an update is refused
+
+The answers were drawn from the live adapter, of which the candidate is a small step, so each mean is over (nearly) the
+right distribution; a mean over some dozens of tokens is good to a tenth of a nat or so. It knows no losses and no
+store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradatim.config import LearnerConfig
+from gradatim.learner.run import Run
+from gradatim.learner.trainable import Trainable
+from gradatim.nn.lora import Lora
+from gradatim.nn.pack import Answer
+from gradatim.types import Step
+
+SHARES = (1.0, 0.5, 0.25)  # of an update's change that are tried: less of it is not worth a verdict
+
+
+class Region:
+    """Made while the parent is on the model; ``hold`` afterwards. Without answers it holds nothing."""
+
+    def __init__(self, model: Trainable, traffic: Sequence[Step], config: LearnerConfig) -> None:
+        self._model = model
+        self._config = config
+        self._answers = [
+            _answer(step, config.max_length) for step in traffic if _usable(step, model.vocabulary, config)
+        ]
+        self._live = self._logprobs()  # (T,) of all tokens of all answers
+
+    def _logprobs(self) -> Tensor:
+        return torch.cat([s.logprobs for s in self._model.score(self._answers)]) if self._answers else torch.empty(0)
+
+    def hold(self, run: Run, lora: Lora, start: Tensor) -> str:
+        """Shorten the change from ``start`` (P,) to ``lora.flat`` until it is within both budgets; the reason for a
+        refusal where no share of it is, else empty."""
+        if not self._answers:
+            return ""
+        end = lora.flat.detach().clone()
+        with lora.disabled():
+            frozen = self._logprobs()
+        for share in SHARES:
+            lora.flat.data.copy_(torch.lerp(start, end, share))
+            now = self._logprobs()
+            drift, life = float((self._live - now).mean()), float((now - frozen).mean())
+            run.figures |= {"kl_fresh": drift, "kl_base": life, "fresh_share": share}
+            if drift <= self._config.kl_limit and life <= self._config.kl_base_limit:
+                return ""
+        if drift > self._config.kl_limit:
+            return f"a quarter of the change still moves fresh answers by {drift:.2f} nats a token"
+        return (
+            f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers, and its budget is "
+            f"{self._config.kl_base_limit} (learner.kl_base_limit): go back to an earlier one, or raise it"
+        )
+
+
+def _usable(step: Step, vocabulary: int, config: LearnerConfig) -> bool:
+    ids = (*step.prompt_ids, *step.completion_ids)
+    answered = bool(step.prompt_ids) and 0 < len(step.completion_ids) < config.max_length
+    return answered and all(0 <= i < vocabulary for i in ids)
+
+
+def _answer(step: Step, max_length: int) -> Answer:
+    """Cut from the left, as examples are."""
+    return Answer(step.prompt_ids[-(max_length - len(step.completion_ids)) :], step.completion_ids)
