@@ -246,6 +246,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     refused_because: str = ""
     duration_s: float = 0.0
+    left_out: Mapping[str, str] = field(default_factory=dict)  # id of an example that was not trained on -> why
 
 
 class Stage(StrEnum):

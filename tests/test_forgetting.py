@@ -57,7 +57,7 @@ def test_lambda_is_set_so_that_the_pull_is_that_share_of_the_task_gradient() -> 
     assert branches.flat.grad is not None
     branches.flat.grad.normal_(generator=torch.Generator().manual_seed(0))
     task = float(branches.flat.grad.norm())
-    run = Run([], [], [])
+    run = Run([], [])
     elastic = Elastic(parent, {}, 0.25)
     elastic.pull(run, branches)  # nothing is kept yet: the gradient stays as it is
     assert float(branches.flat.grad.norm()) == task and "ewc_share" not in run.metrics()
@@ -79,7 +79,7 @@ def test_the_pull_is_the_gradient_of_the_penalty_in_the_flat_vector() -> None:
     found = Fisher({p: (torch.rand(b.shape[0]), torch.rand(a.shape[1])) for p, (a, b) in parent.modules.items()})
     kept = found.tensors() | {"strength": torch.tensor(1.0)}
     branches.load(now, trainable=True)
-    Elastic(parent, kept, 0.2).pull(Run([], [], []), branches)
+    Elastic(parent, kept, 0.2).pull(Run([], []), branches)
     assert branches.flat.grad is not None
     direction = torch.randn(branches.flat.shape, generator=torch.Generator().manual_seed(0))
     slope = float(branches.flat.grad @ direction)
@@ -146,7 +146,7 @@ def test_contexts_are_half_new_where_there_are_enough_of_both() -> None:
 
 
 def test_agem_leaves_nothing_that_opposes_the_reference() -> None:
-    run = Run([], [], [])
+    run = Run([], [])
     g, r = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 4.0])
     without_conflict(run, g, r)
     assert g.tolist() == [1.0, 0.0]

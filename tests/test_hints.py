@@ -143,7 +143,7 @@ def test_a_correction_may_teach_as_a_hint_and_is_rehearsed_with_its_teacher(tmp_
 def test_hints_that_cannot_be_used_are_dropped(tmp_path: Path) -> None:
     bad = hint(2, hint_ids=(1, 10_000))
     update, _ = applied(learner(tmp_path).update([hint(1), bad], [], base_adapter(), 1))
-    assert update.metrics["dropped"] == 1
+    assert update.metrics["left_out"] == 1
     fitted = fit(hint(1, hint_ids=tuple(range(90))), 64, VOCABULARY)
     assert isinstance(fitted, Item) and fitted.hinted is not None
     assert fitted.hinted.prompt_ids == tuple(range(29, 90))  # like a prompt, it loses its left end

@@ -110,7 +110,7 @@ def test_bad_examples_are_dropped_and_the_rest_is_learned(tmp_path: Path) -> Non
         pair(5, retained=True),
     ]
     update, _ = applied(learner(tmp_path).update([pair(1), *bad], [], base_adapter(), 1))
-    assert update.example_ids == ("pair-1",) and update.metrics["dropped"] == 4
+    assert update.example_ids == ("pair-1",) and update.metrics["left_out"] == 4
 
 
 def test_the_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
@@ -323,9 +323,9 @@ def test_a_broken_example_is_refused_by_its_id_and_the_update_goes_on(
     for new, old in (([pair(1), bad], []), ([pair(1)], [pair(2), bad])):
         caplog.clear()
         update, _ = applied(learner(tmp_path, epochs=1).update(new, old, base_adapter(), 1 + len(old)))
-        assert bad.id not in (*update.example_ids, *update.replay_ids) and update.metrics["dropped"] == 1.0
-        (line,) = (r.getMessage() for r in caplog.records if "is dropped" in r.getMessage())
-        assert line.startswith("example the-bad-one is dropped") and why in line
+        assert bad.id not in (*update.example_ids, *update.replay_ids) and update.metrics["left_out"] == 1.0
+        (line,) = (r.getMessage() for r in caplog.records if "is left out" in r.getMessage())
+        assert line.startswith("example the-bad-one is left out") and why in line
 
 
 def _running_out(

@@ -139,6 +139,7 @@ def update_row(update: Update) -> Json:
         "kinds": dict(update.kinds),
         "metrics": dict(update.metrics),
         "refused_because": update.refused_because,
+        "left_out": dict(update.left_out),
         "duration_s": update.duration_s,
     }
 

@@ -51,12 +51,9 @@ class Judged:
     scale: dict[str, float] = field(default_factory=dict)  # id of an example -> factor of its weight, below 1
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def reason(self) -> str:
-        """What was left out and why, by id; empty where nothing was."""
-        if not self.against:
-            return ""
-        named = ", ".join(f"{i} ({cosine:+.2f})" for i, cosine in self.against.items())
-        return f"{len(self.against)} new examples pull against the trusted ones and were left out: {named}"
+    def reasons(self) -> dict[str, str]:
+        """Of those left out, by id."""
+        return {i: f"it pulls against the trusted ones (cosine {c:+.2f})" for i, c in self.against.items()}
 
 
 def claim(item: Item, logprobs: Sequence[Tensor]) -> Tensor:

@@ -85,7 +85,7 @@ class LoraLearner:
         extra: dict[str, float] = {}
         try:
             if not run.new:
-                reasons = "; ".join(sorted(set(run.dropped))[:3]) or "none was given"
+                reasons = "; ".join(sorted(set(run.left_out.values()))[:3]) or "none was given"
                 raise _RefusedError(f"no usable example: {reasons}")
             weights, beside, extra = self._train(run, parent, step, traffic)
             adapter = self._save(weights, beside, parent, step, update_id)
@@ -104,8 +104,9 @@ class LoraLearner:
             replay_ids=tuple(i.example.id for i in run.replay if i.example.id in run.used),
             kinds=Counter(i.example.origin for i in run.new),
             metrics=run.metrics() | extra,
-            refused_because=refused or run.left_out,
+            refused_because=refused,
             duration_s=time.monotonic() - started_s,
+            left_out=run.left_out,
         )
         return update, adapter
 
@@ -141,15 +142,15 @@ class LoraLearner:
     # ------------------------------------------------------------------------------------- what goes in
 
     def _admit(self, examples: Sequence[Example], replay: Sequence[Example]) -> Run:
-        run = Run([], [], [])
+        run = Run([], [])
         known = {e.id for e in examples}
         for example, replayed in [*((e, False) for e in examples), *((e, True) for e in replay if e.id not in known)]:
             fitted: Item | str = "it is retained for the gate"
             if not example.retained:
                 fitted = fit(example, self._config.max_length, self._trainable.vocabulary, replayed=replayed)
             if isinstance(fitted, str):
-                run.dropped.append(fitted)
-                log.warning("example %s is dropped: %s", example.id, fitted)
+                run.left_out[example.id] = fitted
+                log.warning("example %s is left out: %s", example.id, fitted)
             else:
                 (run.replay if replayed else run.new).append(fitted)
         return run
@@ -222,12 +223,12 @@ class LoraLearner:
         """The new examples that may move the weights; the others leave the update, with a reason."""
         judged = direction.judge(new, direction.trusted(run.replay), self._measure(run), self._config.gate_cosine)
         run.figures |= judged.metrics
-        run.left_out = judged.reason()
-        if run.left_out:
-            log.warning("%s", run.left_out)
+        run.left_out |= judged.reasons()
+        for example_id, reason in judged.reasons().items():
+            log.warning("example %s is left out: %s", example_id, reason)
         allowed = [i for i in new if i.example.id not in judged.against]
         if not allowed:
-            raise _RefusedError(run.left_out)
+            raise _RefusedError(f"all {len(new)} new examples pull against the trusted ones")
         run.new = [i for i in run.new if i.example.id not in judged.against]
         return [i.scaled(judged.scale[i.example.id]) if i.example.id in judged.scale else i for i in allowed]
 
@@ -253,7 +254,7 @@ class LoraLearner:
 
         def loss_gradient(items: Sequence[Item]) -> Tensor:
             lora.zero_grad()
-            self._step(Run([], [], [], reference=run.reference), items, len(items), self._trainable.budget.tokens)
+            self._step(Run([], [], reference=run.reference), items, len(items), self._trainable.budget.tokens)
             return lora.gradient()
 
         step = 0.1 if self._base.dtype == torch.float32 else 0.4

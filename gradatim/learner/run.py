@@ -23,7 +23,6 @@ class Run:
 
     new: list[Item]
     replay: list[Item]
-    dropped: list[str]
     known: list[Item] = field(default_factory=list)  # new ones that the parent gives already
     silent: list[Item] = field(default_factory=list)  # new ones whose hint changes nothing
     reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
@@ -40,7 +39,7 @@ class Run:
     backtracks: int = 0  # steps that were taken back
     grad_norms: list[float] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)  # of the gate
-    left_out: str = ""  # which new examples it refused, and why
+    left_out: dict[str, str] = field(default_factory=dict)  # example id -> why it is not trained on
 
     def add(self, name: str, value: Tensor) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
@@ -77,7 +76,7 @@ class Run:
             "hinted": kinds["hint"],
             "known": len(self.known),
             "silent_hints": len(self.silent),
-            "dropped": len(self.dropped),
+            "left_out": len(self.left_out),
             "truncated": sum(i.truncated for i in (*self.new, *self.replay)),
             "replayed": rehearsed,
             "replay_share": rehearsed / len(self.used) if self.used else 0.0,

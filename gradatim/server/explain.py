@@ -6,7 +6,7 @@ Knows nothing of how any of it is decided.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from starlette.requests import Request
@@ -111,16 +111,20 @@ class ExplainRoutes:
             "examples": plain([example for _, example in examples]),
             "updates": [_use(update, {example.id for _, example in examples}) for update in updates],
             "adapters": [self._adapter(u.adapter_id) for u in updates if u.adapter_id],
-            "summary": _summary(step, feedback, reward, len(examples), updates),
+            "summary": _summary(step, feedback, reward, {example.id for _, example in examples}, updates),
         }
 
     def _updates(self, examples: Sequence[tuple[int, Example]]) -> list[Update]:
-        """Updates that trained on or replayed any of these; the first SCAN after the oldest example are looked at."""
+        """Updates that trained on, replayed or left out any of these; SCAN after the oldest example are looked at."""
         if not examples:
             return []
         ids = {example.id for _, example in examples}
         later = self._store.read(Update, after=examples[0][0], limit=SCAN)
-        return [update for _, update in later if not ids.isdisjoint((*update.example_ids, *update.replay_ids))]
+        return [
+            update
+            for _, update in later
+            if not ids.isdisjoint((*update.example_ids, *update.replay_ids, *update.left_out))
+        ]
 
     def _adapter(self, adapter_id: str) -> Json:
         return {
@@ -146,6 +150,7 @@ def _use(update: Update, ids: set[str]) -> Json:
         "adapter": update.adapter_id,
         "trained_on": sorted(ids.intersection(update.example_ids)),
         "replayed": sorted(ids.intersection(update.replay_ids)),
+        "left_out": {i: update.left_out[i] for i in sorted(ids.intersection(update.left_out))},
         "n_examples": len(update.example_ids),
         "refused_because": update.refused_because,
         "metrics": plain(update.metrics),
@@ -153,16 +158,19 @@ def _use(update: Update, ids: set[str]) -> Json:
 
 
 def _summary(
-    step: Step, feedback: Sequence[Feedback], reward: Reward | None, examples: int, updates: Sequence[Update]
+    step: Step, feedback: Sequence[Feedback], reward: Reward | None, examples: Set[str], updates: Sequence[Update]
 ) -> str:
     """One sentence: how far it came."""
-    made = [update.adapter_id for update in updates if update.applied and update.adapter_id]
+    took_part = [u for u in updates if not examples.isdisjoint((*u.example_ids, *u.replay_ids))]
+    made = [update.adapter_id for update in took_part if update.applied and update.adapter_id]
     if made:
         return f"trained into {', '.join(made)}"
+    if updates and not took_part:
+        return f"left out of an update: {'; '.join(sorted({why for _, why in _left_out(updates, examples)}))}"
     if updates:
         return f"the update was refused: {updates[-1].refused_because or 'no reason recorded'}"
     if examples:
-        return f"{examples} examples wait for an update"
+        return f"{len(examples)} examples wait for an update"
     if not step.trainable:
         return f"recorded, never trained on ({'aborted' if step.finish_reason == 'aborted' else 'a side call'})"
     if not any(not opinion.retracted for opinion in feedback):
@@ -171,6 +179,10 @@ def _summary(
         return "feedback recorded; not judged yet"
     worth = "abstained" if reward.value is None else f"judged {reward.value:+.2f}"
     return f"{worth}: {reward.reason or 'no example was made'}"
+
+
+def _left_out(updates: Sequence[Update], examples: Set[str]) -> list[tuple[str, str]]:
+    return [(i, why) for update in updates for i, why in update.left_out.items() if i in examples]
 
 
 def _integer(request: Request, name: str, default: int, *, high: int) -> int:

@@ -222,6 +222,7 @@ updates = _log(
     _coded("metrics", JSON),
     _free_text("refused_because"),
     _float("duration_s"),
+    Column("left_out", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
     by=("id", "parent_id", "adapter_id"),
 )
 
