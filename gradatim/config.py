@@ -82,6 +82,7 @@ class LearnerConfig:
     beta: float = 0.1  # of DPO: how far a preference may pull away from the live adapter
     nll: float = 1.0  # weight of the chosen answer's own likelihood beside the preference; small models need it whole
     avoid: float = 0.05  # weight of a bad answer for which no good one is known; more makes known answers flip
+    hint: float = 0.05  # weight of an answer that was commented on; a weak model mostly learns from it what not to say
     label_noise: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1  # share of wrong labels that robust_dpo assumes
     losses: LossConfig = field(default_factory=LossConfig)
     kl_limit: float = 0.3  # nats a token from live on replayed and fresh answers: a step past it is taken back

@@ -228,12 +228,16 @@ def test_no_length_is_favoured_by_the_policy_gradient() -> None:
 
 def test_a_hint_pulls_each_token_towards_what_the_hinted_parent_says() -> None:
     now = t(-1.0, -2.0, -0.5).requires_grad_()
-    loss = Objectives(CONFIG).loss(
+    loss = Objectives(replace(CONFIG, hint=1.0)).loss(
         Scores(item(OF_KIND["hint"]), [now], [now.detach()], t(-1.5, -0.5, -9.0)), lambda _n, _v: None
     )
     torch.autograd.backward(loss)
     assert now.grad is not None
     assert now.grad.tolist() == pytest.approx([0.5 / 3, -1.5 / 3, 2.0 / 3])
+    halved = Objectives(replace(CONFIG, hint=0.5)).loss(
+        Scores(item(OF_KIND["hint"]), [now], [now.detach()], t(-1.5, -0.5, -9.0)), lambda _n, _v: None
+    )
+    assert float(halved.detach()) == pytest.approx(0.5 * float(loss.detach()))
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -83,7 +83,7 @@ class Objectives:
             "apo_zero": ApoZero(config.beta),
             "kto": self._kto,
             "policy_gradient": self._gradient,
-            "self_distillation": self_distillation,
+            "self_distillation": SelfDistillation(config.hint),
         }
         self._names: Mapping[str, str] = asdict(config.losses)
         self._by_kind = {kind: built[name] for kind, name in self._names.items()}
@@ -93,7 +93,7 @@ class Objectives:
 
     def wants_teacher(self, item: Item) -> bool:
         """Whether its loss compares the answer with what the parent says of it when it is given the hint."""
-        return item.hinted is not None and self.of(item) is self_distillation
+        return item.hinted is not None and isinstance(self.of(item), SelfDistillation)
 
     def census(self, items: Sequence[Item]) -> dict[str, float]:
         """How many examples each loss has, by its name."""
@@ -308,12 +308,17 @@ def _importance(item: Item, old: Tensor) -> Tensor | None:
     return losses.truncated_importance(old, torch.tensor(engine, dtype=old.dtype, device=old.device))
 
 
-def self_distillation(scores: Scores, note: Note) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class SelfDistillation:
     """The answer that was given, in the light of what was said about it; mean over its tokens."""
-    if scores.teacher is None:
-        raise ValueError(f"example {scores.item.example.id} has no hint")
-    now, before = scores.now[-1], scores.before[-1]
-    loss = losses.self_distillation(now, scores.teacher, _importance(scores.item, before)) / len(now)
-    note("loss_self_distillation", loss)
-    note("hint_nats", (scores.teacher - now).detach().abs().mean())
-    return loss
+
+    weight: float
+
+    def __call__(self, scores: Scores, note: Note) -> Tensor:
+        if scores.teacher is None:
+            raise ValueError(f"example {scores.item.example.id} has no hint")
+        now, before = scores.now[-1], scores.before[-1]
+        loss = losses.self_distillation(now, scores.teacher, _importance(scores.item, before)) / len(now)
+        note("loss_self_distillation", loss)
+        note("hint_nats", (scores.teacher - now).detach().abs().mean())
+        return self.weight * loss
