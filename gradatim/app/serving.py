@@ -98,10 +98,10 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     home.prepare()
     with home.lock("server"), contextlib.closing(take_port(config.server.host, config.server.port)) as sock:
         compose.set_threads(compose.serving_threads(config))
-        base = compose.build_base(config)
         with contextlib.ExitStack() as held:
             store = held.enter_context(compose.build_store(config))
             alone = held.enter_context(store.exclusive("server"))
+            base = compose.build_base(config)
             runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
             compose.register_base(store, config, base.sha256)
             engine = held.enter_context(contextlib.closing(compose.build_engine(config, base)))
