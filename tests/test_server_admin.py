@@ -222,6 +222,19 @@ async def test_a_refused_update_is_explained_with_its_reason(kit: Kit, client: h
     assert told["summary"] == "the update was refused: kl" and told["adapters"] == []
 
 
+async def test_an_example_that_was_left_out_is_explained_with_its_reason(kit: Kit, client: httpx.AsyncClient) -> None:
+    step_id = (await client.post(CHAT, json=chat())).json()["id"]
+    step = kit.store.step(id=StepId(step_id))
+    assert step is not None
+    reward, credit, example, update, *_ = _learned(step, applied=True)
+    kit.store.append(
+        reward, credit, example, replace(update, example_ids=("other",), left_out={"x1": "its weight is nan"})
+    )
+    told = (await client.get(f"/v1/explain/{step_id}")).json()
+    assert told["summary"] == "left out of an update: its weight is nan"
+    assert told["updates"][0]["left_out"] == {"x1": "its weight is nan"} and not told["updates"][0]["trained_on"]
+
+
 # ------------------------------------------------------------------------------------- reading backwards
 
 

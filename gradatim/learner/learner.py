@@ -292,7 +292,11 @@ class LoraLearner:
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
         if torch.equal(lora.flat, first):
-            raise _RefusedError(f"every step moved replayed answers by more than {self._config.kl_limit} nats a token")
+            raise _RefusedError(
+                f"every step moved replayed answers by more than {self._config.kl_limit} nats a token"
+                if run.backtracks
+                else "the gradient of all examples together is zero"
+            )
 
     def _drift(self, run: Run, batch: Sequence[Item]) -> float:
         """The same estimate as each step's, after the last one."""

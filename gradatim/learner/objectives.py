@@ -86,10 +86,15 @@ class Objectives:
             "self_distillation": SelfDistillation(config.hint),
         }
         self._names: Mapping[str, str] = asdict(config.losses)
-        self._by_kind = {kind: built[name] for kind, name in self._names.items()}
+        self._built = built
 
     def of(self, item: Item) -> Objective:
-        return self._by_kind[route(item)]
+        return self._built[self._name(item)]
+
+    def _name(self, item: Item) -> str:
+        """A correction that was stored without a hint cannot be distilled from; it still is a pair."""
+        name = self._names[route(item)]
+        return "dpo" if name == "self_distillation" and item.hinted is None else name
 
     def wants_teacher(self, item: Item) -> bool:
         """Whether its loss compares the answer with what the parent says of it when it is given the hint."""
@@ -97,7 +102,7 @@ class Objectives:
 
     def census(self, items: Sequence[Item]) -> dict[str, float]:
         """How many examples each loss has, by its name."""
-        names = Counter(self._names[route(i)] for i in items)
+        names = Counter(self._name(i) for i in items)
         return {f"examples_{name}": float(count) for name, count in names.items()}
 
     def begin(self, items: Sequence[Item], score: Score) -> None:
