@@ -26,6 +26,7 @@ check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## every benchmark, one after the other (ARGS=--quick: a smoke run)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(THREADS) $(BIN)/python $$script $(ARGS); done
 	$(BIN)/python benchmarks/write_docs.py
 
