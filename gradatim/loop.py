@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.errors import DamagedAdapterError, StoreError
@@ -169,9 +170,13 @@ class Loop:
         return True
 
     def _traffic(self, live: Adapter) -> Sequence[Step]:
-        """The newest answers of the live adapter."""
-        answers = [s for _, s in self.store.newest(Step, adapter_id=live.id, limit=4 * FRESH)]
-        return [s for s in answers if s.trainable and s.finish_reason != "aborted" and s.completion_ids][:FRESH]
+        """The newest answers of the live adapter of which nothing bad is known: those are to change."""
+        answers = (s for _, s in self.store.newest(Step, adapter_id=live.id, limit=8 * FRESH))
+        whole = (s for s in answers if s.trainable and s.finish_reason != "aborted" and s.completion_ids)
+        return list(islice((s for s in whole if not self._is_bad(s)), FRESH))
+
+    def _is_bad(self, step: Step) -> bool:
+        return any(e.rejected_ids == step.completion_ids for _, e in self.store.newest(Example, step_id=step.id))
 
     def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than

@@ -51,7 +51,7 @@ def test_where_no_share_of_it_is_near_enough_it_is_refused(tmp_path: Path) -> No
 def test_an_adapter_has_a_budget_for_its_life(tmp_path: Path) -> None:
     """Told to say what it said, it goes ever further from the frozen model."""
     subject = learner(tmp_path, kl_limit=1e9, kl_base_limit=0.5)
-    said = [records.step(f"s{n}", prompt_ids=e.prompt_ids, completion_ids=e.chosen_ids) for n, e in enumerate(NEW)]
+    said = [records.step(f"s{n}", prompt_ids=e.prompt_ids, completion_ids=e.chosen_ids) for n, e in enumerate(2 * NEW)]
     parent, lives, refused = base_adapter(), [], ""
     for number in range(1, 8):
         update, made = subject.update(NEW, [], parent, number, said)
@@ -72,5 +72,6 @@ def test_what_cannot_be_scored_is_passed_over(tmp_path: Path) -> None:
         records.step("long", completion_ids=(7,) * 64),
     ]
     assert "kl_fresh" not in figures(tmp_path / "none", broken)
-    long = records.step("cut", prompt_ids=(5,) * 100, completion_ids=(7, 8))
-    assert math.isfinite(figures(tmp_path / "cut", [*broken, long])["kl_fresh"])
+    cut = [records.step(f"cut{k}", prompt_ids=(5,) * 100, completion_ids=(7, k)) for k in range(4)]
+    assert math.isfinite(figures(tmp_path / "cut", [*broken, *cut])["kl_fresh"])
+    assert "kl_fresh" not in figures(tmp_path / "few", [*broken, *cut[1:]])

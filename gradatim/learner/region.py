@@ -1,4 +1,4 @@
-"""How far an update may go, measured on what users ask now: the live adapter's newest answers, whatever their worth.
+"""How far an update may go, measured on what users ask now: the live adapter's newest answers, less the bad ones.
 
 Forgetting is foretold by the divergence from the old policy on the inputs at hand (RL's Razor, Shenfeld 2025,
 arXiv:2509.04259), so there are two budgets, both in nats a token:
@@ -25,18 +25,19 @@ from gradatim.nn.lora import Lora
 from gradatim.nn.pack import Answer
 from gradatim.types import Step
 
+LEAST_ANSWERS = 4  # fewer say nothing about what users ask
 SHARES = (1.0, 0.5, 0.25)  # of an update's change that are tried: less of it is not worth a verdict
 
 
 class Region:
-    """Made while the parent is on the model; ``hold`` afterwards. Without answers it holds nothing."""
+    """Made while the parent is on the model; ``hold`` afterwards. With too few answers it holds nothing."""
 
     def __init__(self, model: Trainable, traffic: Sequence[Step], config: LearnerConfig) -> None:
         self._model = model
         self._config = config
-        self._answers = [
-            _answer(step, config.max_length) for step in traffic if _usable(step, model.vocabulary, config)
-        ]
+        usable = [step for step in traffic if _usable(step, model.vocabulary, config)]
+        enough = len(usable) >= LEAST_ANSWERS
+        self._answers = [_answer(step, config.max_length) for step in usable] if enough else []
         self._live = self._logprobs()  # (T,) of all tokens of all answers
 
     def _logprobs(self) -> Tensor:
