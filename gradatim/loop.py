@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -28,6 +28,7 @@ from gradatim.types import (
     Record,
     Stage,
     Step,
+    StepId,
     Update,
     Verdict,
 )
@@ -163,15 +164,17 @@ class Loop:
         revised = {e.step_id for e in examples}
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
-        update, adapter = self.learner.update(examples, replay, live, self._next_step(), self._traffic(live))
+        traffic = self._traffic(live, but={e.step_id for e in examples})
+        update, adapter = self.learner.update(examples, replay, live, self._next_step(), traffic)
         update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: waiting.cursor})
         return True
 
-    def _traffic(self, live: Adapter) -> Sequence[Step]:
-        """The newest answers of the live adapter of which nothing bad is known: those are to change."""
-        answers = (s for _, s in self.store.newest(Step, adapter_id=live.id, limit=8 * FRESH))
+    def _traffic(self, live: Adapter, but: Set[StepId]) -> Sequence[Step]:
+        """The newest answers of the live adapter, ``but`` those that are trained on now, which say nothing about what
+        is not; and without those known to be bad, which are to change."""
+        answers = (s for _, s in self.store.newest(Step, adapter_id=live.id, limit=8 * FRESH) if s.id not in but)
         whole = (s for s in answers if s.trainable and s.finish_reason != "aborted" and s.completion_ids)
         return list(islice((s for s in whole if not self._is_bad(s)), FRESH))
 

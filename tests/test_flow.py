@@ -154,7 +154,7 @@ def test_the_learner_is_shown_what_the_live_adapter_answered_last(store: Store) 
     store.append(step("left", "x", adapter_id=AdapterId("agent@0"), finish_reason="aborted"))
     store.append(step("newer", "x", adapter_id=AdapterId("agent@1")))
     store.append(step("bad", "y", adapter_id=AdapterId("agent@0")), feedback("outcome", "y", value=-1.0))
-    store.append(step("e-s0", "e", adapter_id=AdapterId("agent@1")), feedback("outcome", "e", value=1.0))
+    store.append(step("e-s0", "e", adapter_id=AdapterId("agent@0")), feedback("outcome", "e", value=1.0))
     loop.turn()
     assert learner.traffic == [[f"t{k}" for k in range(11, 11 - FRESH, -1)]]
 
