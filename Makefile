@@ -10,7 +10,7 @@ THREADS := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP) chromium  ## the whole story on real web pages, about half an hour (ARGS=--quick: about 10)
+demo: $(STAMP) chromium  ## the whole story on real web pages, about half an hour (ARGS=--quick: about 15 minutes)
 	$(BIN)/gradatim demo $(ARGS)
 
 test: $(STAMP)  ## the fast tests

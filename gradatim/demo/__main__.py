@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-results"), help="folder for results.json and report.html"
     )
-    parser.add_argument("--quick", action="store_true", help="about 10 minutes instead of half an hour")
+    parser.add_argument("--quick", action="store_true", help="about 15 minutes instead of half an hour")
     parser.add_argument("--browser-free", action="store_true", help="pure Python pages instead of Chromium")
     options = parser.parse_args(arguments)
     console = Console()
