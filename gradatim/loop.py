@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewards
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
 SECOND_CHANCE_AMONG = 64  # updates of the live adapter; what was refused before them is not tried again
-FRESH = 8  # answers of the live adapter on which a candidate's distance from it is measured
+FRESH = 8  # answers to users on which a candidate's distance from the live adapter is measured
 SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
 
@@ -164,18 +164,20 @@ class Loop:
         revised = {e.step_id for e in examples}
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
-        traffic = self._traffic(live, but={e.step_id for e in examples})
+        traffic = self._traffic(but={e.step_id for e in examples})
         update, adapter = self.learner.update(examples, replay, live, self._next_step(), traffic)
         update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: waiting.cursor})
         return True
 
-    def _traffic(self, live: Adapter, but: Set[StepId]) -> Sequence[Step]:
-        """The newest answers of the live adapter, ``but`` those that are trained on now, which say nothing about what
-        is not; and without those known to be bad, which are to change."""
-        answers = (s for _, s in self.store.newest(Step, adapter_id=live.id, limit=8 * FRESH) if s.id not in but)
-        whole = (s for s in answers if s.trainable and s.finish_reason != "aborted" and s.completion_ids)
+    def _traffic(self, but: Set[StepId]) -> Sequence[Step]:
+        """The newest answers to users, ``but`` those that are trained on now, which say nothing about what is not; and
+        without those known to be bad, which are to change. They are the live adapter's or, while it is young, those of
+        the ones that were live just before."""
+        newest = (s for _, s in self.store.newest(Step, limit=16 * FRESH) if s.id not in but)
+        routed = (s for s in newest if s.stage == Stage.LIVE and s.adapter_id.rpartition("@")[0] == self.name)
+        whole = (s for s in routed if s.trainable and s.finish_reason != "aborted" and s.completion_ids)
         return list(islice((s for s in whole if not self._is_bad(s)), FRESH))
 
     def _is_bad(self, step: Step) -> bool:

@@ -146,17 +146,22 @@ def test_from_feedback_to_a_decision(store: Store, decision: Decision, stage: St
     assert [a for a, s in stages.items() if s is Stage.LIVE] == [live]
 
 
-def test_the_learner_is_shown_what_the_live_adapter_answered_last(store: Store) -> None:
+def test_the_learner_is_shown_what_users_were_answered_last(store: Store) -> None:
     loop, learner = loop_on(store)
     for k in range(12):
         store.append(step(f"t{k}", f"other{k}", adapter_id=AdapterId("agent@0")))
     store.append(step("side", "x", adapter_id=AdapterId("agent@0"), trainable=False))
     store.append(step("left", "x", adapter_id=AdapterId("agent@0"), finish_reason="aborted"))
-    store.append(step("newer", "x", adapter_id=AdapterId("agent@1")))
+    store.append(step("pinned", "x", adapter_id=AdapterId("agent@0"), stage="pinned"))
+    store.append(step("foreign", "x", adapter_id=AdapterId("other@3")))
     store.append(step("bad", "y", adapter_id=AdapterId("agent@0")), feedback("outcome", "y", value=-1.0))
     store.append(step("e-s0", "e", adapter_id=AdapterId("agent@0")), feedback("outcome", "e", value=1.0))
     loop.turn()
     assert learner.traffic == [[f"t{k}" for k in range(11, 11 - FRESH, -1)]]
+    store.append(step("young", "z", adapter_id=AdapterId("agent@1")))
+    good_episode(store, "again")
+    run(loop)
+    assert learner.traffic[-1] == ["young", "e-s0", *(f"t{k}" for k in range(11, 13 - FRESH, -1))]
 
 
 def test_nothing_is_learned_without_feedback(store: Store) -> None:

@@ -1,4 +1,4 @@
-"""How far an update may go, measured on what users ask now: the live adapter's newest answers, less the bad ones.
+"""How far an update may go, measured on what users ask now: the newest answers to them, less the bad ones.
 
 Forgetting is foretold by the divergence from the old policy on the inputs at hand (RL's Razor, Shenfeld 2025,
 arXiv:2509.04259), so there are two budgets, both in nats a token:
@@ -6,9 +6,9 @@ arXiv:2509.04259), so there are two budgets, both in nats a token:
     of an update   KL(live || candidate) ~ mean(log live - log candidate). A change that is over it is shortened
     of a life      KL(candidate || frozen) ~ mean(log candidate - log frozen). Over it an update is refused
 
-The answers were drawn from the live adapter, of which the candidate is a small step, so each mean is over (nearly) the
-right distribution; a mean over some dozens of tokens is good to a tenth of a nat or so. It knows no losses and no
-store.
+The answers were drawn from the live adapter, or from one that was live shortly before it, and the candidate is a small
+step from it, so each mean is over nearly the right distribution; over some dozens of tokens it is good to a tenth of a
+nat or so. It knows no losses and no store.
 """
 
 from __future__ import annotations
