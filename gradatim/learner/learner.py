@@ -122,7 +122,8 @@ class LoraLearner:
         made = self._save(weights, lineage.beside(folder), parent, step, update_id)
         changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
         changed["delta_norm"] = relative_norm(self._base.model, weights)
-        kept = {name: value for name, value in update.metrics.items() if not name.endswith("_after")}
+        of_the_whole = ("_after", "kl_fresh", "kl_base")
+        kept = {name: value for name, value in update.metrics.items() if not name.endswith(of_the_whole)}
         record = replace(
             update,
             id=update_id,
