@@ -46,7 +46,8 @@ from gradatim.nn.render import Renderer
 from gradatim.types import Adapter, AdapterId, EpisodeId, Example, StepId
 
 SKILLS: tuple[str, ...] = ("enter-text", "click-button", "login-user", "enter-password")
-ARMS = ("naive", "replay", "ewc", "kl", "default")
+ARMS = ("naive", "replay", "ewc", "kl", "default", "default_ewc")
+EWC = 0.2  # share of the gradient, in the arms that have it
 RATES = (2.5e-4 / 3, 2.5e-4, 7.5e-4)
 NEW = 12  # corrections in an update
 UPDATES = 1  # of a skill
@@ -125,9 +126,10 @@ def settings(arm: str, lr: float, seed: int) -> LearnerConfig:
     return {
         "naive": replace(bare, batch=BATCH),
         "replay": bare,
-        "ewc": replace(bare, batch=BATCH, ewc=config.ewc),
+        "ewc": replace(bare, batch=BATCH, ewc=EWC),
         "kl": replace(bare, kl_limit=config.kl_limit),
         "default": config,
+        "default_ewc": replace(config, ewc=EWC),
     }[arm]
 
 

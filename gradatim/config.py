@@ -87,7 +87,7 @@ class LearnerConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     kl_limit: float = 0.3  # nats a token from live on replayed and fresh answers: a step past it is taken back
     kl_base_limit: float = 2.0  # nats a token between candidate and frozen model on fresh answers: its life's budget
-    ewc: float = 0.2  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
+    ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
     agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
     gate_cosine: float = 0.0  # a new example that pulls against verified replayed ones by more is left out; 0: off
     epochs: int = 2  # passes over the new examples in one update

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,20 @@ from safetensors.torch import load_file
 
 from gradatim.learner.batch import fit
 from gradatim.learner.forgetting import EXAMPLES, Elastic, contexts, without_conflict
+from gradatim.learner.learner import LoraLearner
 from gradatim.learner.run import Run
 from gradatim.learner.scorer import TorchScorer
 from gradatim.nn.fisher import Fisher, norm, penalty
 from gradatim.nn.lora import FISHER_FILE, Lora, fresh_weights, read_adapter, read_fisher, write_adapter
 from gradatim.types import Adapter, Example
-from tests.test_learner import CONFIG, PROMPT, applied, base_adapter, imitate, learner, pair
+from tests.test_learner import CONFIG, PROMPT, applied, base_adapter, imitate, pair
+from tests.test_learner import learner as plain_learner
 from tests.tiny import VOCABULARY, tiny_base, tiny_model, tiny_weights
+
+
+def learner(folder: Path, **changes: Any) -> LoraLearner:
+    """With EWC, which is off by default."""
+    return plain_learner(folder, **({"ewc": 0.2} | changes))
 
 
 def taught(folder: Path, **changes: object) -> tuple[Adapter, list[Example]]:
