@@ -10,10 +10,11 @@ teacher-forced. Every arm sees the same corrections, and takes as many gradient 
     ewc       the penalty alone
     kl        the limit alone: replayed answers are measured at a weight of 1e-6, and not trained on
     default   what the learner's configuration says
+    default_ewc  the same with the penalty
 
 ``kept`` is a skill's score at the end over its score right after it was taught (of skills that were taught to at
-least MASTERED); backward transfer loss is the mean of what earlier skills have lost at the end. The three arms with one
-part each run at the middle learning rate only, unless ``--all``. Finished cells are kept in ``--results`` and not run
+least MASTERED); backward transfer loss is the mean of what earlier skills have lost at the end. The other arms
+run at the middle learning rate only, unless ``--all``. Finished cells are kept in ``--results`` and not run
 again.
 """
 
@@ -43,7 +44,8 @@ from gradatim.learner.learner import LoraLearner
 from gradatim.learner.scorer import TorchScorer
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.render import Renderer
-from gradatim.types import Adapter, AdapterId, EpisodeId, Example, StepId
+from gradatim.testing.records import an_adapter
+from gradatim.types import Adapter, EpisodeId, Example, StepId
 
 SKILLS: tuple[str, ...] = ("enter-text", "click-button", "login-user", "enter-password")
 ARMS = ("naive", "replay", "ewc", "kl", "default", "default_ewc")
@@ -164,16 +166,7 @@ def cell(subject: Bench, arm: str, lr: float, seed: int, folder: Path) -> dict[s
     config = settings(arm, lr, seed)
     learner, scorer = LoraLearner(subject.base, config, folder, "agent"), TorchScorer(subject.base, config, folder)
     sha = subject.base.sha256
-    adapter = Adapter(
-        id=AdapterId("agent@0"),
-        name="agent",
-        step=0,
-        base_sha256=sha,
-        parent_id=None,
-        sha256=sha,
-        path="",
-        created_at=0.0,
-    )
+    adapter = an_adapter(0, base_sha256=sha, sha256=sha)
     rng = random.Random(seed)
     past: list[Example] = []
     taught: dict[str, float] = {}

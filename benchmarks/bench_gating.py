@@ -28,7 +28,8 @@ from bench_forgetting import Bench, bench, correction, score
 from gradatim.config import LearnerConfig
 from gradatim.learner.learner import LoraLearner
 from gradatim.learner.scorer import TorchScorer
-from gradatim.types import Adapter, AdapterId, Example
+from gradatim.testing.records import an_adapter
+from gradatim.types import Adapter, Example
 
 KNOWN = ("enter-text", "login-user")
 UNKNOWN = "enter-password"
@@ -51,16 +52,7 @@ def flipped(example: Example) -> Example:
 def taught(subject: Bench, folder: Path, seed: int) -> tuple[Adapter, list[Example]]:
     """An adapter that knows the two skills, and the corrections it was taught."""
     rng, sha = random.Random(seed), subject.base.sha256
-    adapter = Adapter(
-        id=AdapterId("agent@0"),
-        name="agent",
-        step=0,
-        base_sha256=sha,
-        parent_id=None,
-        sha256=sha,
-        path="",
-        created_at=0.0,
-    )
+    adapter = an_adapter(0, base_sha256=sha, sha256=sha)
     learner = LoraLearner(subject.base, LearnerConfig(seed=seed, gate_cosine=0.0), folder, "agent")
     past: list[Example] = []
     for step, skill in enumerate(KNOWN, 1):

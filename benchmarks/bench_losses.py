@@ -36,6 +36,7 @@ from gradatim.learner.trainable import trainable
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.pack import Answer
 from gradatim.nn.render import Renderer
+from gradatim.testing.records import an_adapter
 from gradatim.types import Adapter, AdapterId, Delta, EpisodeId, Example, Message, Request, Sampling, StepId
 
 TASKS = ("login-user", "enter-text")
@@ -208,16 +209,7 @@ class Exam:
 
 
 def frozen_adapter(base: Base) -> Adapter:
-    return Adapter(
-        id=AdapterId("agent@0"),
-        name="agent",
-        step=0,
-        base_sha256=base.sha256,
-        parent_id=None,
-        sha256=base.sha256,
-        path="",
-        created_at=0.0,
-    )
+    return an_adapter(0, base_sha256=base.sha256, sha256=base.sha256)
 
 
 def run_seed(seed: int, data_dir: Path, counts: tuple[int, int], losses: Sequence[Any]) -> list[dict[str, Any]]:

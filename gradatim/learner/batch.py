@@ -64,7 +64,7 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
     for i in (*example.prompt_ids, *example.chosen_ids, *example.rejected_ids, *example.hint_ids):
         if not 0 <= i < vocabulary:
             return f"token id {i} is outside the vocabulary of {vocabulary}"
-    prompt = example.prompt_ids[-(max_length - longest) :]
+    prompt = cut(example.prompt_ids, longest, max_length)
     return Item(
         example,
         Answer(prompt, example.chosen_ids) if example.chosen_ids else None,
@@ -78,7 +78,12 @@ def fit(example: Example, max_length: int, vocabulary: int, *, replayed: bool = 
 def _hinted(example: Example, max_length: int) -> Answer | None:
     if not example.hint_ids or not example.rejected_ids:
         return None
-    return Answer(example.hint_ids[-(max_length - len(example.rejected_ids)) :], example.rejected_ids)
+    return Answer(cut(example.hint_ids, len(example.rejected_ids), max_length), example.rejected_ids)
+
+
+def cut(prompt_ids: tuple[int, ...], answer_tokens: int, max_length: int) -> tuple[int, ...]:
+    """The right end of a prompt that leaves room for an answer, which is shorter than ``max_length``."""
+    return prompt_ids[-(max_length - answer_tokens) :]
 
 
 def steps(new: Sequence[Item], replay: Sequence[Item], config: LearnerConfig, seed: int) -> Iterator[list[Item]]:

@@ -57,6 +57,8 @@ class Elastic:
 
     def pull(self, run: Run, lora: Lora) -> None:
         """Add lambda times the penalty's gradient to the task's, which is in ``lora.flat.grad`` (P,)."""
+        if not self.enabled:
+            return
         assert lora.flat.grad is not None
         task = float(lora.flat.grad.norm())
         self._task_norms.append(task)

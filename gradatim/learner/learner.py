@@ -173,7 +173,7 @@ class LoraLearner:
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._objectives.begin([*run.new, *run.replay], self._trainable.score)
             run.figures |= self._objectives.census(run.new)
-            self._walk(run, lora, optimizer, elastic, batches, warm_up=not beside.state)
+            self._walk(run, lora, optimizer, elastic, first, batches, warm_up=not beside.state)
             if too_far := region.hold(run, lora, first):
                 raise _RefusedError(too_far)
             run.train_s = time.monotonic() - started_s
@@ -267,14 +267,14 @@ class LoraLearner:
         lora: Lora,
         optimizer: FlatAdam,
         elastic: Elastic,
+        first: Tensor,
         batches: Sequence[Sequence[Item]],
         *,
         warm_up: bool,
     ) -> None:
-        """One gradient step a batch, inside the trust region: a step that went too far is taken back, and the next
-        ones are half as long. After ``BACKTRACKS`` of them the update ends where it is."""
+        """One gradient step a batch from ``first`` (P,), inside the trust region: a step that went too far is taken
+        back, and the next ones are half as long. After ``BACKTRACKS`` of them the update ends where it is."""
         lr = self._config.lr
-        first = lora.flat.detach().clone()
         last = first.clone()
         for batch in batches:
             if self._gradient(run, lora, batch):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gradatim.config import LearnerConfig
+from gradatim.learner.batch import cut
 from gradatim.learner.run import Run
 from gradatim.learner.trainable import Trainable
 from gradatim.nn.lora import Lora
@@ -36,8 +37,10 @@ class Region:
         self._model = model
         self._config = config
         usable = [step for step in traffic if _usable(step, model.vocabulary, config)]
-        enough = len(usable) >= LEAST_ANSWERS
-        self._answers = [_answer(step, config.max_length) for step in usable] if enough else []
+        if len(usable) < LEAST_ANSWERS:
+            usable = []
+        cuts = [cut(step.prompt_ids, len(step.completion_ids), config.max_length) for step in usable]
+        self._answers = [Answer(prompt, step.completion_ids) for prompt, step in zip(cuts, usable, strict=True)]
         self._live = self._logprobs()  # (T,) of all tokens of all answers
 
     def _logprobs(self) -> Tensor:
@@ -70,8 +73,3 @@ def _usable(step: Step, vocabulary: int, config: LearnerConfig) -> bool:
     ids = (*step.prompt_ids, *step.completion_ids)
     answered = bool(step.prompt_ids) and 0 < len(step.completion_ids) < config.max_length
     return answered and all(0 <= i < vocabulary for i in ids)
-
-
-def _answer(step: Step, max_length: int) -> Answer:
-    """Cut from the left, as examples are."""
-    return Answer(step.prompt_ids[-(max_length - len(step.completion_ids)) :], step.completion_ids)

@@ -166,7 +166,8 @@ def _summary(
     if made:
         return f"trained into {', '.join(made)}"
     if updates and not took_part:
-        return f"left out of an update: {'; '.join(sorted({why for _, why in _left_out(updates, examples)}))}"
+        reasons = {why for update in updates for i, why in update.left_out.items() if i in examples}
+        return f"left out of an update: {'; '.join(sorted(reasons))}"
     if updates:
         return f"the update was refused: {updates[-1].refused_because or 'no reason recorded'}"
     if examples:
@@ -179,10 +180,6 @@ def _summary(
         return "feedback recorded; not judged yet"
     worth = "abstained" if reward.value is None else f"judged {reward.value:+.2f}"
     return f"{worth}: {reward.reason or 'no example was made'}"
-
-
-def _left_out(updates: Sequence[Update], examples: Set[str]) -> list[tuple[str, str]]:
-    return [(i, why) for update in updates for i, why in update.left_out.items() if i in examples]
 
 
 def _integer(request: Request, name: str, default: int, *, high: int) -> int:
