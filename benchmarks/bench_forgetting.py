@@ -124,12 +124,12 @@ def correction(page: Page, skill: str, number: int, rng: random.Random) -> Examp
 def settings(arm: str, lr: float, seed: int) -> LearnerConfig:
     """The default configuration with parts of it switched off."""
     config = LearnerConfig(lr=lr, seed=seed, epochs=EPOCHS, batch=2 * BATCH, replay_share=0.5)
-    bare = replace(config, ewc=0.0, agem=False, kl_limit=1e9)
+    bare = replace(config, ewc=0.0, agem=False, kl_replay_limit=1e9)
     return {
         "naive": replace(bare, batch=BATCH),
         "replay": bare,
         "ewc": replace(bare, batch=BATCH, ewc=EWC),
-        "kl": replace(bare, kl_limit=config.kl_limit),
+        "kl": replace(bare, kl_replay_limit=config.kl_replay_limit),
         "default": config,
         "default_ewc": replace(config, ewc=EWC),
     }[arm]

@@ -85,7 +85,8 @@ class LearnerConfig:
     hint: float = 0.05  # weight of an answer that was commented on; a weak model mostly learns from it what not to say
     label_noise: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.1  # share of wrong labels that robust_dpo assumes
     losses: LossConfig = field(default_factory=LossConfig)
-    kl_limit: float = 0.3  # nats a token from live on replayed and fresh answers: a step past it is taken back
+    kl_replay_limit: float = 1.0  # nats a token from live on a batch's replayed answers: a step past it is taken back
+    kl_fresh_limit: float = 0.3  # nats a token from live on the newest answers: a change past it is shortened
     kl_base_limit: float = 2.0  # nats a token between candidate and frozen model on fresh answers: its life's budget
     ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
     agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
@@ -150,11 +151,14 @@ class Config:
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
-    "low": {"gate": {"margin": 0.10, "alpha": 0.02}, "learner": {"lr": 4e-4, "kl_limit": 1.0}},
+    "low": {
+        "gate": {"margin": 0.10, "alpha": 0.02},
+        "learner": {"lr": 4e-4, "kl_replay_limit": 2.0, "kl_fresh_limit": 1.0},
+    },
     "normal": {},
     "high": {
         "gate": {"margin": 0.02, "alpha": 0.10},
-        "learner": {"lr": 1e-4, "kl_limit": 0.2},
+        "learner": {"lr": 1e-4, "kl_replay_limit": 0.5, "kl_fresh_limit": 0.2},
         "reward": {"abstain_band": 0.4},
     },
 }

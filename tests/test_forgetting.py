@@ -107,7 +107,7 @@ def test_a_stiff_pull_keeps_more_of_what_was_taught(tmp_path: Path) -> None:
     kept, learned = [], []
     for step, share in ((2, 0.0), (3, 3.0)):
         # lambda was set at the parent for a share of 0.2, so 15 times that is what a share of 3 starts with
-        subject = learner(tmp_path, ewc=share, kl_limit=1e9)
+        subject = learner(tmp_path, ewc=share, kl_replay_limit=1e9)
         _, child = applied(subject.update(other, [], stiffer(tmp_path, parent, 15.0), step))
         kept.append(sum(s.logprob for s in scorer.score(child, known)))
         learned.append(sum(s.logprob for s in scorer.score(child, other)))
@@ -172,7 +172,7 @@ def test_agem_projects_new_examples_that_oppose_replayed_ones(tmp_path: Path) ->
         for e in known
     ]
     update, _ = applied(
-        learner(tmp_path, agem=True, epochs=1, batch=8, kl_limit=1e9).update(inverted, known, parent, 2)
+        learner(tmp_path, agem=True, epochs=1, batch=8, kl_replay_limit=1e9).update(inverted, known, parent, 2)
     )
     assert update.metrics["agem_projected"] > 0.0 and update.metrics["agem_cosine"] < 0.0
 
@@ -182,7 +182,7 @@ def test_parts_make_the_same_gradient_as_the_whole(tmp_path: Path) -> None:
     parent, known = taught(tmp_path)
     made = []
     for agem in (False, True):
-        subject = learner(tmp_path, agem=agem, epochs=1, batch=8, kl_limit=1e9)
+        subject = learner(tmp_path, agem=agem, epochs=1, batch=8, kl_replay_limit=1e9)
         update, child = applied(subject.update([pair(7), pair(8)], known, parent, 2))
         assert not update.metrics.get("agem_projected")
         made.append(read_adapter(tmp_path / child.path))

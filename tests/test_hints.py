@@ -31,7 +31,7 @@ from tests.tiny import VOCABULARY
 
 CONFIG = Config(
     engine=EngineConfig(threads=1, max_batch=2, adapter_slots=2),
-    learner=LearnerConfig(rank=4, alpha=8, lr=1e-2, batch=4, min_examples=1, max_length=256, kl_limit=1e9),
+    learner=LearnerConfig(rank=4, alpha=8, lr=1e-2, batch=4, min_examples=1, max_length=256, kl_replay_limit=1e9),
 )
 
 
@@ -98,7 +98,7 @@ def far_from_teacher(adapter: Adapter, folder: Path, hints: Sequence[Example]) -
 
 
 def test_hints_bring_the_student_to_its_hinted_parent(tmp_path: Path) -> None:
-    subject, hints = learner(tmp_path, epochs=40, lr=2e-3, kl_limit=1e9), [hint(1), hint(2)]
+    subject, hints = learner(tmp_path, epochs=40, lr=2e-3, kl_replay_limit=1e9), [hint(1), hint(2)]
     update, adapter = applied(subject.update(hints, [], base_adapter(), 1))
     before = far_from_teacher(base_adapter(), tmp_path, hints)
     after = far_from_teacher(adapter, tmp_path, hints)

@@ -94,8 +94,8 @@ def test_a_settled_pair_is_only_imitated(tmp_path: Path) -> None:
 def test_a_step_that_drifts_too_far_on_replayed_answers_is_taken_back(tmp_path: Path) -> None:
     replay = [imitate(9, chosen_ids=(20, 21), weight=1e-6)]
     new = [imitate(n, prompt_ids=(*PROMPT, 9), chosen_ids=(40, 41)) for n in range(1, 4)]
-    free, _ = applied(learner(tmp_path / "free", kl_limit=1e9, epochs=20).update(new, replay, base_adapter(), 1))
-    held, _ = applied(learner(tmp_path / "held", kl_limit=0.2, epochs=20).update(new, replay, base_adapter(), 1))
+    free, _ = applied(learner(tmp_path / "free", kl_replay_limit=1e9, epochs=20).update(new, replay, base_adapter(), 1))
+    held, _ = applied(learner(tmp_path / "held", kl_replay_limit=0.2, epochs=20).update(new, replay, base_adapter(), 1))
     assert held.metrics["backtracks"] > 0 and free.metrics["backtracks"] == 0
     assert 0 < held.metrics["steps"] < free.metrics["steps"] == 40
     assert free.metrics["kl_max"] > held.metrics["kl_max"] > 0.2

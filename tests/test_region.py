@@ -17,7 +17,7 @@ NEW = [imitate(n, prompt_ids=(1, 2, 3, 4, n), chosen_ids=(40, 41)) for n in rang
 
 
 def figures(folder: Path, traffic: list[Step] = TRAFFIC, **settings: Any) -> dict[str, float]:
-    made = learner(folder, **({"kl_limit": 1e9, "kl_base_limit": 1e9} | settings)).update(
+    made = learner(folder, **({"kl_fresh_limit": 1e9, "kl_base_limit": 1e9} | settings)).update(
         NEW, [], base_adapter(), 1, traffic
     )
     return dict(applied(made)[0].metrics)
@@ -33,7 +33,7 @@ def test_a_change_within_both_budgets_is_left_whole(tmp_path: Path) -> None:
 
 
 def test_the_record_of_a_smaller_step_does_not_say_how_far_the_whole_went(tmp_path: Path) -> None:
-    subject = learner(tmp_path, kl_limit=1e9, kl_base_limit=1e9)
+    subject = learner(tmp_path, kl_fresh_limit=1e9, kl_base_limit=1e9)
     update, made = applied(subject.update(NEW, [], base_adapter(), 1, TRAFFIC))
     half, _ = subject.shrink(update, made, base_adapter(), 2)
     assert half.metrics["scale"] == 0.5 and not {"kl_fresh", "kl_base"} & half.metrics.keys()
@@ -41,14 +41,14 @@ def test_the_record_of_a_smaller_step_does_not_say_how_far_the_whole_went(tmp_pa
 
 def test_a_change_that_goes_too_far_on_fresh_answers_is_shortened(tmp_path: Path) -> None:
     whole = figures(tmp_path / "whole")
-    held = figures(tmp_path / "held", kl_limit=0.6 * whole["kl_fresh"])
+    held = figures(tmp_path / "held", kl_fresh_limit=0.6 * whole["kl_fresh"])
     assert held["fresh_share"] in (0.5, 0.25)
     assert held["kl_fresh"] <= 0.6 * whole["kl_fresh"]
     assert held["delta_norm"] < whole["delta_norm"]
 
 
 def test_where_no_share_of_it_is_near_enough_it_is_refused(tmp_path: Path) -> None:
-    subject = learner(tmp_path, kl_limit=1e-6)
+    subject = learner(tmp_path, kl_fresh_limit=1e-6)
     update, adapter = subject.update(NEW, [], base_adapter(), 1, TRAFFIC)
     assert adapter is None and "fresh answers" in update.refused_because
     assert update.metrics["fresh_share"] == 0.25
@@ -57,7 +57,7 @@ def test_where_no_share_of_it_is_near_enough_it_is_refused(tmp_path: Path) -> No
 
 def test_an_adapter_has_a_budget_for_its_life(tmp_path: Path) -> None:
     """Told to say what it said, it goes ever further from the frozen model."""
-    subject = learner(tmp_path, kl_limit=1e9, kl_base_limit=0.5)
+    subject = learner(tmp_path, kl_fresh_limit=1e9, kl_base_limit=0.5)
     said = [records.step(f"s{n}", prompt_ids=e.prompt_ids, completion_ids=e.chosen_ids) for n, e in enumerate(2 * NEW)]
     parent, lives, refused = base_adapter(), [], ""
     for number in range(1, 8):

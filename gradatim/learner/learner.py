@@ -289,12 +289,12 @@ class LoraLearner:
             _descend(run, lora, optimizer, lr * (0.5 if warm_up and run.steps == 0 else 1.0))
         else:
             run.drifted(self._drift(run, batches[-1]))
-            if run.kl > self._config.kl_limit:
+            if run.kl > self._config.kl_replay_limit:
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
         if torch.equal(lora.flat, first):
             raise _RefusedError(
-                f"every step moved replayed answers by more than {self._config.kl_limit} nats a token"
+                f"every step moved replayed answers by more than {self._config.kl_replay_limit} nats a token"
                 if run.backtracks
                 else "the gradient of all examples together is zero"
             )
@@ -341,7 +341,7 @@ class LoraLearner:
 
         drift = self._trainable.budget.fit(attempt)
         run.drifted(float(torch.cat(drift).mean()) if drift else 0.0)
-        return run.kl > self._config.kl_limit
+        return run.kl > self._config.kl_replay_limit
 
     def _step(self, run: Run, batch: Sequence[Item], of: int, pass_tokens: int) -> list[Tensor]:
         """Add the gradient of some examples of a batch ``of`` so many, pass by pass; gives how far the replayed ones

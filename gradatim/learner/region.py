@@ -59,9 +59,9 @@ class Region:
             now = self._logprobs()
             drift, life = float((self._live - now).mean()), float((now - frozen).mean())
             run.figures |= {"kl_fresh": drift, "kl_base": life, "fresh_share": share}
-            if drift <= self._config.kl_limit and life <= self._config.kl_base_limit:
+            if drift <= self._config.kl_fresh_limit and life <= self._config.kl_base_limit:
                 return ""
-        if drift > self._config.kl_limit:
+        if drift > self._config.kl_fresh_limit:
             return f"a quarter of the change still moves fresh answers by {drift:.2f} nats a token"
         return (
             f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers, and its budget is "
