@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradatim.server.problems import ApiError
 from gradatim.server.wire import ID, invalid
-from gradatim.types import FeedbackKind
+from gradatim.types import OWN_IDS, FeedbackKind
 
 MAX_TEXT_BYTES = 64 * 2**10
 SOURCE = r"[a-z][a-z0-9_-]{0,31}(:[^\x00-\x1f]{1,128})?"
@@ -118,6 +118,8 @@ def check_size(opinion: Opinion) -> Opinion:
 
 
 def check_id(value: str, param: str) -> str:
+    if value.startswith(OWN_IDS):
+        raise _bad(param, f"must not begin with {OWN_IDS}: such ids are of the configured critics")
     if not ID.fullmatch(value):
         raise _bad(param, f"must match {ID.pattern} in whole")
     return value
