@@ -129,6 +129,36 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CriticConfig:
+    """One critic: a program that judges finished episodes."""
+
+    __pydantic_config__ = _STRICT
+    use: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]  # package.module:name
+    name: Annotated[str, Field(pattern=r"^[\w.-]{0,64}$")] = ""  # of its source, critic:NAME; empty: that of ``use``
+    version: Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")] = "1"  # a new one judges anew what it judges from now on
+    options: Mapping[str, Any] | None = None  # given, also empty: ``use`` makes the critic out of them
+    skills: tuple[str, ...] = ()  # whose episodes it judges; empty: all
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @property
+    def called(self) -> str:
+        return self.name or self.use.partition(":")[2]
+
+
+Signal = Literal["reask", "correcting", "thanks", "tool_error", "recovery", "retry", "abandoned"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CriticsConfig:
+    __pydantic_config__ = _STRICT
+    run: tuple[CriticConfig, ...] = ()
+    implicit: tuple[Signal, ...] = ()  # signals of an episode's course; each is recorded as feedback
+    quiet_s: Annotated[float, Field(ge=0)] = (
+        60.0  # without an outcome, an episode is finished this long after its last step
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that can be set. ``gradatim config`` prints it with where each value came from."""
 
@@ -148,6 +178,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    critics: CriticsConfig = field(default_factory=CriticsConfig)
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
@@ -209,7 +240,9 @@ def _known(error: Mapping[str, Any]) -> str:
         return ""
     at: Any = Config()
     for part in error["loc"][:-1]:
-        at = getattr(at, str(part))
+        at = getattr(at, str(part), None)
+    if at is None:  # one of a list, which is empty by default
+        return ""
     return f"; there are {', '.join(asdict(at))}"
 
 

@@ -12,6 +12,9 @@ GradatimError
     TransitionError                 an adapter may not move between those two stages
     ConflictError                   this id was already used for another target
     RecordError                     a record holds what no database can keep
+  FeedbackError (RuntimeError)      the server took no feedback from this client; nothing was recorded
+  CriticError (RuntimeError)        a critic could not judge; its verdict is unknown
+    SandboxError                    this machine has no sandbox, or the command could not be run in it
   LearnerError (RuntimeError)       an update could not be made; serving is unaffected
     AdapterError                    an adapter's files are missing or do not match their digest
       DamagedAdapterError           the same, of an adapter that is named; trying again will not help
@@ -71,6 +74,23 @@ class ConflictError(StoreError):
 
 class RecordError(StoreError):
     """A record holds what no database can keep."""
+
+
+class FeedbackError(GradatimError, RuntimeError):
+    """The server took no feedback from this client. ``status`` is its answer's, 0 where none came."""
+
+    def __init__(self, message: str, *, status: int = 0, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+
+
+class CriticError(GradatimError, RuntimeError):
+    """A critic could not judge. Its verdict is unknown, which is never a bad mark."""
+
+
+class SandboxError(CriticError):
+    """This machine has no sandbox, or the command could not be run in it. Nothing was run."""
 
 
 class LearnerError(GradatimError, RuntimeError):

@@ -60,7 +60,9 @@ class ExampleBuilder:
         """New and changed examples of the episode; unchanged ones are left out, lost ones are withdrawn."""
         advantage = dict(zip(credit.step_ids, credit.advantages, strict=True))
         method = dict(zip(credit.step_ids, credit.methods, strict=True))
-        verified = (reward.value or 0.0) > 0.0 and any(f.kind == "outcome" for f in case.feedback)
+        verified = (reward.value or 0.0) > 0.0 and any(
+            f.kind == "outcome" and f.value is not None for f in case.feedback
+        )
         earlier = self._earlier(case)
         out: list[Example] = []
         for step in reversed(case.episode.steps):  # what led on from a state comes before what only came back to it

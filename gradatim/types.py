@@ -122,6 +122,8 @@ class Episode:
 
 # -------------------------------------------------------------------------------------------- judgement
 
+OWN_IDS = "critic-"  # ids of feedback that our own critics gave begin so, and no client's may
+
 FeedbackKind = Literal["score", "preference", "correction", "outcome", "comment"]
 
 

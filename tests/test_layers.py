@@ -19,7 +19,16 @@ def _loaded_after(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["gradatim", "gradatim.cli", "gradatim.store", "gradatim.loop", "gradatim.app.home", "gradatim.server"]
+    "module",
+    [
+        "gradatim",
+        "gradatim.cli",
+        "gradatim.store",
+        "gradatim.loop",
+        "gradatim.app.home",
+        "gradatim.server",
+        "gradatim.client",
+    ],
 )
 def test_importing_it_needs_no_torch(module: str) -> None:
     loaded = _loaded_after(f"import {module}")

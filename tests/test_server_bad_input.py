@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.server_kit import Kit, chat
 
-PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/feedback", "/api/public/scores"]
+PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/feedback", "/api/public/scores", "/v1/logs"]
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 json_values = st.recursive(
@@ -35,7 +35,7 @@ messages = st.lists(
 )
 OPINION_FIELDS = """
     id kind response_id episode_id chosen_id rejected_id value correction comment source confidence tags
-    metric_name inference_id dryrun traceId observationId name dataType
+    metric_name inference_id dryrun traceId sessionId observationId name dataType resourceLogs
 """
 opinion_fields = st.sampled_from(OPINION_FIELDS.split())
 kinds = st.sampled_from(["score", "preference", "correction", "outcome", "comment"])

@@ -19,6 +19,7 @@ from gradatim.types import Adapter, AdapterId, Stage
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
+    from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
 
@@ -78,6 +79,24 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
     from gradatim.nn.render import Renderer
 
     return TransformersEngine(base, Renderer(base), config.engine, config.data_dir, max_queue=config.server.max_queue)
+
+
+def check_critics(config: Config) -> None:
+    """ConfigError, before anything else is begun, where a critic of the configuration cannot be made."""
+    if config.critics.run:
+        from gradatim.feedback.worker import Bench
+
+        with Bench(config.critics.run) as bench:
+            bench.check()
+
+
+def build_critique(config: Config, store: SqlStore) -> Critique | None:
+    """None where nothing is configured."""
+    if not config.critics.run and not config.critics.implicit:
+        return None
+    from gradatim.feedback.critique import Critique
+
+    return Critique(store, config.critics, sources=config.reward.weights)
 
 
 def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:

@@ -6,14 +6,16 @@ shown and tried again later; it never touches serving.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gradatim import config as configuration
 from gradatim.app import compose, report
@@ -22,6 +24,9 @@ from gradatim.app.states import OptimiserStates
 from gradatim.app.supervisor import die_with_parent, step_back
 from gradatim.config import Config
 from gradatim.errors import GradatimError, StoreError
+
+if TYPE_CHECKING:
+    from gradatim.feedback.critique import Critique
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +56,23 @@ def follow(config: Config) -> None:
         base = compose.build_base(config)
         with compose.build_store(config) as store, store.exclusive("loop", wait_s=10.0):
             turn = tidily(compose.build_loop(config, store, base).turn, OptimiserStates(store, config))
-            turn_for_ever(turn, home, config.loop.poll_s)
+            critique = compose.build_critique(config, store)
+            if critique is not None:  # in a thread: it waits for others, and learning must not wait for it
+                threading.Thread(target=judge_for_ever, args=(critique, config.loop.poll_s), daemon=True).start()
+            turn_for_ever(turn, home, config.loop.poll_s, beside=critique.status if critique else dict)
+
+
+def judge_for_ever(critique: Critique, poll_s: float) -> None:
+    """Critics beside the loop; what fails is logged and tried again."""
+    failures = 0
+    while True:
+        try:
+            failures, pause_s = 0, 0.0 if critique.turn() else poll_s
+        except Exception as e:  # noqa: BLE001  the boundary of what others wrote: logged, shown, and tried again
+            failures += 1
+            pause_s = min(2.0**failures, _LONGEST_PAUSE_S)
+            log.error("the critics failed: %s", e if isinstance(e, GradatimError) else type(e).__name__)
+        time.sleep(pause_s)
 
 
 def tidily(turn: Callable[[], bool], tidy: Callable[[], object]) -> Callable[[], bool]:
@@ -66,7 +87,10 @@ def tidily(turn: Callable[[], bool], tidy: Callable[[], object]) -> Callable[[],
     return turned
 
 
-def turn_for_ever(turn: Callable[[], bool], home: Home, poll_s: float) -> None:
+def turn_for_ever(
+    turn: Callable[[], bool], home: Home, poll_s: float, *, beside: Callable[[], Mapping[str, Any]] = dict
+) -> None:
+    """``beside``: what to say of the critics."""
     turns = failures = 0
     said_at = 0.0
     facts: Mapping[str, Any] = {}
@@ -81,7 +105,7 @@ def turn_for_ever(turn: Callable[[], bool], home: Home, poll_s: float) -> None:
             worked, pause_s = True, min(2.0**failures, _LONGEST_PAUSE_S)
             facts = {"state": "failing", "turns": turns, "failures": failures, "error": str(e)}
         if worked or time.monotonic() - said_at > _HEARTBEAT_S:
-            home.say("loop", facts)
+            home.say("loop", {**facts, "critics": judged} if (judged := beside()) else facts)
             said_at = time.monotonic()
         time.sleep(pause_s)
 
@@ -99,6 +123,9 @@ def once(config: Config) -> dict[str, Any]:
             compose.register_base(store, config, base.sha256)
             before = store.end()
             loop = compose.build_loop(config, store, base)
+            if (critique := compose.build_critique(config, store)) is not None:
+                with contextlib.closing(critique):
+                    critique.turn(flush=True)
             while loop.turn(flush=True):
                 made = report.decision(store, config.name, before)
                 if made["update"] is not None and made["stage"] != "candidate":

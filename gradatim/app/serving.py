@@ -94,6 +94,7 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
     if launcher := os.environ.get(DIES_WITH):
         die_with_parent(int(launcher))
     check_exposure(config)
+    compose.check_critics(config)
     home = Home(Path(config.data_dir))
     home.prepare()
     with home.lock("server"), contextlib.closing(take_port(config.server.host, config.server.port)) as sock:
@@ -127,7 +128,7 @@ async def _answer(
         loop=lambda: loop_status(supervisor, home),
         turn_to=lambda: asyncio.run_coroutine_threadsafe(traffic.refresh(), here).result(),
     )
-    metrics = _metrics(traffic, supervisor)
+    metrics = _metrics(traffic, supervisor, home)
     app = build_app(engine=engine, store=store, router=traffic, config=config, admin=admin, metrics=metrics)
     server = _Uvicorn(
         uvicorn.Config(
@@ -167,19 +168,31 @@ def loop_status(supervisor: Supervisor | None, home: Home) -> Mapping[str, Any]:
     watched, said = supervisor.status(), home.said("loop")
     if watched["state"] != "running" or said.get("pid") != watched["pid"]:
         return {**watched, "does": "starting"}
-    return {**watched, "does": said["state"], **{k: said[k] for k in ("turns", "failures", "error") if k in said}}
+    return {
+        **watched,
+        "does": said["state"],
+        **{k: said[k] for k in ("turns", "failures", "error", "critics") if k in said},
+    }
 
 
-def _metrics(traffic: Traffic, supervisor: Supervisor | None) -> Metrics:
+def _metrics(traffic: Traffic, supervisor: Supervisor | None, home: Home) -> Metrics:
     metrics = Metrics()
     shown: Mapping[str, tuple[str, Callable[[], float]]] = {
         "gradatim_loop_up": ("1 while the loop process lives", lambda: float(bool(supervisor and supervisor.alive))),
         "gradatim_loop_restarts": ("of the loop process", lambda: supervisor.restarts if supervisor else 0),
+        "gradatim_critics_unknown": (
+            "episodes that a critic could not judge, in this life of the loop process",
+            lambda: _unknown(home),
+        ),
         "gradatim_failed_loads": ("adapters that could not be loaded", lambda: traffic.failed_loads),
     }
     for name, (help_text, read) in shown.items():
         Gauge(name, help_text, registry=metrics.registry).set_function(read)
     return metrics
+
+
+def _unknown(home: Home) -> float:
+    return float(sum(counts["unknown"] for counts in home.said("loop").get("critics", {}).values()))
 
 
 def _end_with(done: asyncio.Task[None], server: uvicorn.Server) -> None:

@@ -77,6 +77,7 @@ def _v1(
         Route("/feedback", feedback.post_feedback, methods=["POST"]),
         Route("/feedback/{id}", feedback.get_feedback),
         Route("/feedback/{id}", feedback.delete_feedback, methods=["DELETE"]),
+        Route("/logs", feedback.post_logs, methods=["POST"]),
         Route("/models", operator.list_models),
         Route("/models/{id:path}", operator.get_model),
         Route("/episodes", explain.list_episodes),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +24,34 @@ _CLOSE = {"Connection": "close"}
 
 
 async def read_json(request: Request, max_bytes: int) -> Any:
-    """The parsed body. ApiError 400, 408 or 413; ClientDisconnect where the client left while sending."""
+    """The parsed body. ApiError 400, 408, 413 or 415; ClientDisconnect where the client left while sending."""
+    return parse_json(await read_bytes(request, max_bytes))
+
+
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """The body as it is, or unpacked where it came with gzip; the limit holds before and after."""
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip"):
+        raise ApiError(415, "Content-Encoding must be gzip, or none", code="unsupported_encoding")
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
             raw = await _read(request, max_bytes)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {READ_TIMEOUT_S:.0f} s", headers=_CLOSE) from None
-    return parse_json(raw)
+    return _unpacked(raw, max_bytes) if encoding == "gzip" else raw
+
+
+def _unpacked(raw: bytes, max_bytes: int) -> bytes:
+    unpack = zlib.decompressobj(wbits=31)
+    try:
+        out = unpack.decompress(raw, max_bytes + 1)
+    except zlib.error:
+        raise ApiError(400, "the body is not gzip, as its Content-Encoding says") from None
+    if len(out) > max_bytes:
+        raise ApiError(413, f"the body is larger than {max_bytes} bytes", code="body_too_large")
+    if not unpack.eof:
+        raise ApiError(400, "the body is cut off: its gzip stream does not end")
+    return out
 
 
 async def read_object(request: Request, max_bytes: int, status: int = 400) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import time
 
@@ -17,7 +17,8 @@ from starlette.responses import Response
 
 from gradatim.errors import GradatimError
 from gradatim.protocols import Store
-from gradatim.server.body import read_object
+from gradatim.server import otlp
+from gradatim.server.body import parse_json, read_bytes, read_object
 from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.opinions import Opinion, check_id, parse_opinion
@@ -28,6 +29,7 @@ from gradatim.types import EpisodeId, Feedback, Step, StepId
 log = logging.getLogger("gradatim.server")
 WRITE_TIMEOUT_S = 30.0
 _RETRY = {"Retry-After": "1"}
+_PROTOBUF = "application/x-protobuf"
 
 
 class FeedbackRoutes:
@@ -50,6 +52,32 @@ class FeedbackRoutes:
 
     async def post_langfuse(self, request: Request) -> Response:
         return json_response({"id": (await self._receive(request)).id})
+
+    async def post_logs(self, request: Request) -> Response:
+        """OTLP's logs: evaluations are feedback, all that can be is written at once, the rest is counted back."""
+        raw = await read_bytes(request, self._max_body_bytes)
+        binary = request.headers.get("content-type", "").partition(";")[0].strip() == _PROTOBUF
+        found = otlp.from_protobuf(raw) if binary else otlp.from_json(parse_json(raw))
+        good, bad = await asyncio.to_thread(self._resolve_all, found)
+        if good:
+            await self._write(*good)
+        for feedback in good:
+            self._metrics.feedback.labels(feedback.kind).inc()
+        message = otlp.first_problem(bad)
+        if binary:
+            return Response(otlp.partial_protobuf(len(bad), message), media_type=_PROTOBUF)
+        return json_response(otlp.partial_json(len(bad), message))
+
+    def _resolve_all(self, found: Sequence[otlp.Evaluation]) -> tuple[list[Feedback], list[ApiError]]:
+        good, bad = [], []
+        for evaluation in found:
+            try:
+                opinion = otlp.to_opinion(evaluation)
+                self._check_source(opinion.source)
+                good.append(self._resolve(opinion))
+            except ApiError as e:
+                bad.append(e)
+        return good, bad
 
     async def get_feedback(self, request: Request) -> Response:
         return json_response(plain(await self._find(request.path_params["id"])))
@@ -116,11 +144,11 @@ class FeedbackRoutes:
             raise ApiError(404, "no feedback of that id was recorded", param="id", code="not_found")
         return found
 
-    async def _write(self, feedback: Feedback) -> None:
+    async def _write(self, *feedback: Feedback) -> None:
         """Durable when this returns. ConflictError, or ApiError 503 where nothing was acknowledged."""
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
-                await asyncio.shield(asyncio.wrap_future(self._store.submit(feedback)))
+                await asyncio.shield(asyncio.wrap_future(self._store.submit(*feedback)))
         except GradatimError as e:
             self._writes.failed(e)
             raise

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gradatim.server.problems import ApiError
 from gradatim.server.wire import ID, invalid
-from gradatim.types import FeedbackKind
+from gradatim.types import OWN_IDS, FeedbackKind
 
 MAX_TEXT_BYTES = 64 * 2**10
-_SOURCE = r"^[a-z][a-z0-9_-]{0,31}(:[^\x00-\x1f]{1,128})?\z"
+SOURCE = r"[a-z][a-z0-9_-]{0,31}(:[^\x00-\x1f]{1,128})?"
 _Id = Annotated[str, Field(min_length=1, max_length=200)]
 _Tag = Annotated[str, Field(pattern=r"^[^\x00-\x1f]{1,100}\z")]
 _Unit = Annotated[float, Field(ge=-1, le=1)]
@@ -52,9 +52,15 @@ class _Ours(BaseModel):
     value: bool | _Unit | None = None
     correction: str | None = None
     comment: str | None = None
-    source: Annotated[str, Field(pattern=_SOURCE)] = "human"
+    source: Annotated[str, Field(pattern=rf"^{SOURCE}\z")] = "human"
     confidence: Annotated[float, Field(gt=0, le=1)] | None = None
     tags: Annotated[list[_Tag], Field(max_length=32)] = []
+
+
+class _TextBlock(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+    type: Literal["text"]
+    text: str
 
 
 class _TensorZero(BaseModel):
@@ -62,13 +68,14 @@ class _TensorZero(BaseModel):
     metric_name: _Tag
     inference_id: _Id | None = None
     episode_id: _Id | None = None
-    value: bool | _Unit | str
+    value: bool | _Unit | str | Annotated[list[_TextBlock], Field(max_length=64)]
     dryrun: bool | None = None
 
 
 class _Langfuse(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-    traceId: _Id
+    traceId: _Id | None = None
+    sessionId: _Id | None = None  # of a score about a session and no trace of it
     observationId: _Id | None = None
     id: str | None = None
     name: _Tag
@@ -93,19 +100,26 @@ def parse_opinion(body: Mapping[str, Any]) -> Opinion:
     """ApiError 422 where the body is none of the three shapes."""
     if "metric_name" in body:
         opinion = _tensorzero(_validate(_TensorZero, body))
-    elif "traceId" in body:
+    elif "traceId" in body or "sessionId" in body:
         opinion = _langfuse(_validate(_Langfuse, body))
     else:
         opinion = _ours(_validate(_Ours, body))
+    if opinion.id:
+        check_id(opinion.id, "id")
+    return check_size(opinion)
+
+
+def check_size(opinion: Opinion) -> Opinion:
+    """ApiError 422 for a text that is too long."""
     for name, text in (("correction", opinion.correction), ("comment", opinion.comment)):
         if len(text.encode()) > MAX_TEXT_BYTES:
             raise _bad(name, f"is longer than {MAX_TEXT_BYTES} bytes")
-    if opinion.id:
-        check_id(opinion.id, "id")
     return opinion
 
 
 def check_id(value: str, param: str) -> str:
+    if value.startswith(OWN_IDS):
+        raise _bad(param, f"must not begin with {OWN_IDS}: such ids are of the configured critics")
     if not ID.fullmatch(value):
         raise _bad(param, f"must match {ID.pattern} in whole")
     return value
@@ -177,11 +191,12 @@ def _tensorzero(b: _TensorZero) -> Opinion:
         raise _bad("dryrun", "is not supported: nothing was recorded")
     target: dict[str, Any] = {"response_id": b.inference_id or "", "episode_id": b.episode_id or ""}
     tags = (f"metric:{b.metric_name}",)
-    if isinstance(b.value, str):
-        if b.metric_name == "comment":
-            return Opinion(kind="comment", comment=b.value, **target)
-        if b.metric_name == "demonstration" and b.inference_id and b.value.strip():
-            return Opinion(kind="correction", correction=b.value, **target)
+    if isinstance(b.value, str | list):
+        text = b.value if isinstance(b.value, str) else "".join(block.text for block in b.value)
+        if b.metric_name == "comment" and text.strip():
+            return Opinion(kind="comment", comment=text, **target)
+        if b.metric_name == "demonstration" and b.inference_id and text.strip():
+            return Opinion(kind="correction", correction=text, **target)
         raise _bad("value", "is a text only for the metrics comment, and demonstration of an inference")
     kind: FeedbackKind = "outcome" if isinstance(b.value, bool) and b.episode_id else "score"
     value = (1.0 if b.value else -1.0) if isinstance(b.value, bool) else float(b.value)
@@ -189,12 +204,16 @@ def _tensorzero(b: _TensorZero) -> Opinion:
 
 
 def _langfuse(b: _Langfuse) -> Opinion:
-    """A BOOLEAN (1 or 0) and a NUMERIC in [-1, 1] are scores; a text is a comment. A trace is a response or episode."""
-    response_id = b.observationId or (b.traceId if b.traceId.startswith(("chatcmpl-", "cmpl-")) else "")
+    """A BOOLEAN (1 or 0) and a NUMERIC in [-1, 1] are scores; a text is a comment. A trace is a response or episode, a
+    session an episode."""
+    trace_id = b.traceId or b.sessionId or ""
+    if not trace_id:
+        raise _bad("traceId", "or sessionId is needed")
+    response_id = b.observationId or (trace_id if trace_id.startswith(("chatcmpl-", "cmpl-")) else "")
     shared: dict[str, Any] = {
         "id": b.id or "",
         "response_id": response_id,
-        "episode_id": "" if response_id else b.traceId,
+        "episode_id": "" if response_id else trace_id,
         "tags": (f"metric:{b.name}",),
     }
     if isinstance(b.value, str):
