@@ -17,7 +17,8 @@ WIDTH = 8
 
 def unit(count: int, seed: int, width: int = WIDTH) -> Floats:
     x = np.random.default_rng(seed).standard_normal((count, width))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    keys: Floats = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    return keys
 
 
 def exhaustive(keys: Floats, alive: np.ndarray, queries: Floats, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -60,7 +60,7 @@ def reference(store: TokenStore, hidden: Tensor, logprobs: Tensor, lambdas: Tens
     stored = [(key, token) for _, keys, tokens in store.entries() for key, token in zip(keys, tokens, strict=True)]
     keys = np.array([key for key, _ in stored], np.float64)
     queries = store.space.keys(hidden).astype(np.float64)
-    out = np.exp(logprobs.double().numpy())
+    out: np.ndarray = np.exp(logprobs.double().numpy())
     for row, (query, share) in enumerate(zip(queries, lambdas.double().tolist(), strict=True)):
         distances = np.square(keys - query).sum(1)
         nearest = np.argsort(distances, kind="stable")[:k]
