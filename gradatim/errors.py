@@ -18,6 +18,8 @@ GradatimError
   LearnerError (RuntimeError)       an update could not be made; serving is unaffected
     AdapterError                    an adapter's files are missing or do not match their digest
       DamagedAdapterError           the same, of an adapter that is named; trying again will not help
+  RecallError (RuntimeError)        a memory could not be read, written or searched; answers go on without it
+    ForeignMemoryError              it was made under another base model, layer or tokenizer
 """
 
 
@@ -107,3 +109,11 @@ class DamagedAdapterError(AdapterError):
     def __init__(self, adapter_id: str, message: str) -> None:
         super().__init__(message)
         self.adapter_id = adapter_id
+
+
+class RecallError(GradatimError, RuntimeError):
+    """A memory could not be read, written or searched; answers go on without it."""
+
+
+class ForeignMemoryError(RecallError):
+    """It was made under another base model, layer or tokenizer."""

@@ -1,0 +1,82 @@
+"""Text for benchmarks that is there wherever this package is installed: of Python itself and of its dependencies.
+
+Files are split into store, development and test as wholes, in an order that depends on their names alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from pydoc_data.topics import topics
+
+Files = Mapping[str, str]  # name -> text
+
+
+def python_documentation() -> Files:
+    """The language reference, as ``help()`` shows it: one file a topic."""
+    return dict(topics)
+
+
+def command_examples() -> Files:
+    """What one types into Python and what it prints, as docstrings of networkx show it: one file a module. Both it and
+    sympy come with torch."""
+    return _sessions("networkx")
+
+
+def symbolic_examples() -> Files:
+    return _sessions("sympy")
+
+
+def _sessions(package: str) -> Files:
+    files = {}
+    for path in sources(package):
+        text = "".join(_episodes(path))
+        if text:
+            files[str(path.relative_to(root(package).parent))] = text
+    return files
+
+
+def root(package: str) -> Path:
+    """The folder of an installed package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None, f"{package} is not installed"
+    return Path(spec.origin).parent
+
+
+def sources(package: str) -> list[Path]:
+    return sorted(p for p in root(package).rglob("*.py") if "tests" not in p.parts)
+
+
+def _episodes(path: Path) -> Iterator[str]:
+    """Per documented thing: its name, then each command with its output."""
+    parser = doctest.DocTestParser()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        try:
+            examples = parser.get_examples(ast.get_docstring(node) or "")
+        except ValueError:  # an example whose indentation is not consistent
+            continue
+        if examples:
+            lines = "".join(">>> " + e.source.replace("\n", "\n... ")[: -len("... ")] + e.want for e in examples)
+            yield f"# {path.stem}.{node.name}\n{lines}\n"
+
+
+def shuffled(files: Files) -> list[str]:
+    """Names in an order that is the same everywhere."""
+    return sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def take(files: Files, names: Iterator[str], tokens: int, encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """Token ids of the next files, until that many are together; the last one is cut."""
+    out: list[list[int]] = []
+    left = tokens
+    while left > 0:
+        ids = encode(files[next(names)])[:left]
+        out.append(ids)
+        left -= len(ids)
+    return out

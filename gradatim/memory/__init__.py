@@ -1,0 +1,1 @@
+"""Memory that takes part in the next token's distribution, before any weight has changed."""
