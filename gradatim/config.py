@@ -145,7 +145,7 @@ class CriticConfig:
         return self.name or self.use.partition(":")[2]
 
 
-Signal = Literal["reask", "correcting", "thanks", "tool_error", "recovery", "retry", "abandoned"]
+Signal = Literal["reask", "correcting", "thanks", "tool_error", "recovery", "edited", "retry", "abandoned"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -352,6 +352,18 @@ def test_signals_of_the_course() -> None:
     assert [(s.id, v) for s, v in SIGNALS["retry"](again)] == [("s0:1", -0.3)]
     left = episode(step("s0", finish_reason="aborted"), step("s1"))
     assert [(s.id, v) for s, v in SIGNALS["abandoned"](left)] == [("s0", -0.3)]
+    asked = ({"role": "user", "content": "write"},)
+    for kept, found in (
+        ("the cat sat on the mat", 0),
+        ("the cat sat", 0),
+        ("the dog sat on the mat", 1),
+        ("no", 0),
+    ):
+        more = (*asked, {"role": "assistant", "content": kept}, {"role": "user", "content": "go on"})
+        talk_on = episode(
+            step("s0", messages=asked, text=" the cat sat on the mat\n"), step("s1", messages=more, text="ok")
+        )
+        assert [v for _, v in SIGNALS["edited"](talk_on)] == [-0.3] * found, kept
     assert all(not list(signal(episode())) for signal in SIGNALS.values())
     unrelated = episode(step("s0", messages=talk), step("s1", messages=({"role": "user", "content": "no, wrong"},) * 3))
     assert not list(SIGNALS["correcting"](unrelated)), "the second request does not go on from the first"

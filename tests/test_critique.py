@@ -264,6 +264,19 @@ def test_implicit_signals_are_taken_back_when_the_episode_shows_otherwise(store:
     assert rows[0].confidence == 0.2 and only.value is None, "by itself it is no reward"
 
 
+def test_many_signals_share_what_confidence_there_is(store: SqlStore) -> None:
+    talk = ({"role": "user", "content": "please do it now"},)
+    judge = critique(store, implicit=("retry",))
+    store.append(*(step(f"s{i}", "e", messages=talk) for i in range(3)))
+    assert judge.turn() and [f.confidence for f in opinions(store, "implicit:")] == [0.2, 0.2]
+    store.append(*(step(f"t{i}", "e", messages=talk) for i in range(6)))
+    assert judge.turn() and not judge.turn()
+    newest = {f.id: f.confidence for f in opinions(store, "implicit:")}
+    assert list(newest.values()) == [0.1] * 8
+    assert WeightedReward(RewardConfig()).score(store.cases()[0]).value is None, "however many, they are no reward"
+    judge.close()
+
+
 def test_steps_are_read_once(store: SqlStore) -> None:
     store.append(*(step(f"s{i}", f"e{i % 50}") for i in range(200)))
     judge = critique(store, critic("good"))

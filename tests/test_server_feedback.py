@@ -168,6 +168,15 @@ async def test_the_idempotency_key_is_an_id(
     assert (await client.post(FEEDBACK, json=body, headers={"Idempotency-Key": "a b"})).status_code == 422
 
 
+async def test_ids_of_the_configured_critics_cannot_be_taken(
+    store: FakeStore, client: httpx.AsyncClient, answer: dict[str, Any]
+) -> None:
+    body = {"kind": "score", "response_id": answer["id"], "value": 1}
+    assert (await client.post(FEEDBACK, json=body | {"id": "critic-0"})).status_code == 422
+    assert (await client.post(FEEDBACK, json=body, headers={"Idempotency-Key": "critic-0"})).status_code == 422
+    assert not recorded(store)
+
+
 async def test_feedback_is_retracted_by_a_newer_revision(
     store: FakeStore, client: httpx.AsyncClient, answer: dict[str, Any]
 ) -> None:
@@ -203,13 +212,19 @@ async def test_tensorzeros_bodies_are_understood(
         {"metric_name": "rating", "value": 0.25} | episode,
         {"metric_name": "comment", "value": "nice"} | step,
         {"metric_name": "demonstration", "value": "better"} | step,
+        {
+            "metric_name": "demonstration",
+            "value": [{"type": "text", "text": "much "}, {"type": "text", "text": "better"}],
+        }
+        | step,
     ):
         response = await client.post(path, json=body)
         assert response.status_code in (200, 202), response.text
         assert set(response.json()) == ({"feedback_id"} if path == "/feedback" else {"id"})
     rows = recorded(store)
-    assert [row.kind for row in rows] == ["score", "outcome", "score", "comment", "correction"]
-    assert [row.value for row in rows] == [1.0, -1.0, 0.25, None, None]
+    assert [row.kind for row in rows] == ["score", "outcome", "score", "comment", "correction", "correction"]
+    assert [row.value for row in rows] == [1.0, -1.0, 0.25, None, None, None]
+    assert rows[5].correction == "much better"
     assert rows[0].source == "critic:exact_match" and rows[0].tags == ("metric:exact_match",)
     for bad in (
         {"metric_name": "rating", "value": 7} | step,
@@ -219,9 +234,11 @@ async def test_tensorzeros_bodies_are_understood(
         {"metric_name": "rating", "value": 1, "dryrun": True} | step,
         {"metric_name": "demonstration", "value": "better"} | episode,
         {"metric_name": "a\nb", "value": True} | step,
+        {"metric_name": "demonstration", "value": [{"type": "image"}]} | step,
+        {"metric_name": "comment", "value": " "} | step,
     ):
         assert (await client.post(path, json=bad)).status_code == 422, bad
-    assert len(recorded(store)) == 5
+    assert len(recorded(store)) == 6
 
 
 @pytest.mark.parametrize("path", ["/api/public/scores", FEEDBACK])
@@ -234,13 +251,14 @@ async def test_langfuses_scores_are_understood(
         {"traceId": episode, "observationId": step, "name": "ok", "value": 0, "dataType": "BOOLEAN"},
         {"traceId": episode, "name": "done", "value": 1},
         {"traceId": episode, "name": "tone", "value": "polite", "dataType": "CATEGORICAL"},
+        {"sessionId": episode, "name": "done", "value": -1},
     ):
         response = await client.post(path, json=body)
         assert response.status_code in (200, 202), response.text
     rows = recorded(store)
-    assert [row.kind for row in rows] == ["score", "score", "score", "comment"]
-    assert [row.value for row in rows] == [0.5, -1.0, 1.0, None]
-    assert [row.step_id for row in rows] == [step, step, None, None]
+    assert [row.kind for row in rows] == ["score", "score", "score", "comment", "score"]
+    assert [row.value for row in rows] == [0.5, -1.0, 1.0, None, -1.0]
+    assert [row.step_id for row in rows] == [step, step, None, None, None]
     assert rows[0].id == "s1" and rows[0].comment == "ok" and rows[3].comment == "tone: polite"
     for bad in (
         {"traceId": step, "name": "x", "value": 5},

@@ -115,8 +115,8 @@ class Critique:
         if self._config.implicit:
             signals = [self._as_record(f, (_IMPLICIT, own)) for f in implicit(episode, self._config.implicit)]
             earlier = [f for f in before.values() if _IMPLICIT in f.tags]
-            known = {f.id for f in earlier if own in f.tags or not f.retracted}  # a person's retraction stands
-            out += [f for f in self._revised(signals, earlier) if f.retracted or f.id not in known]
+            known = {f.id: f for f in earlier}
+            out += [f for f in self._revised(signals, earlier) if f.retracted or _is_news(f, known.get(f.id), own)]
         return out
 
     def _ask(self, number: int, critic: CriticConfig, episode: Episode) -> list[Feedback]:
@@ -156,6 +156,13 @@ def _tags(critic: CriticConfig) -> tuple[str, str]:
 def _is_ours(feedback: Feedback) -> bool:
     """The wire takes no id of this form, so nobody else's is."""
     return feedback.id.startswith(OWN_IDS)
+
+
+def _is_news(now: Feedback, before: Feedback | None, own: str) -> bool:
+    """Not what stands already, and not what a person retracted since the episode last went on."""
+    if before is None:
+        return True
+    return own not in before.tags and (before.retracted or before.confidence != now.confidence)
 
 
 def _unknown(episode: Episode, why: str) -> Feedback:

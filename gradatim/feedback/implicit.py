@@ -5,11 +5,13 @@
     thanks      the user's next words are thanks
     tool_error  the tool that the answer called reports an error
     recovery    the first answer after tool errors that no longer leads to one
+    edited      the client goes on from another wording of the answer than was given
     retry       the very same request was sent once more
     abandoned   the answer never arrived: the client left while it was made
 
-All are right more often than not, and no more; each has a small weight and is never a reward by itself: one that goes
-by fixed weights would let them outweigh what people say of a step, so they are off unless the configuration names them.
+All are right more often than not, and no more; each has a small weight, and all of an episode together are no reward by
+themselves. Where credit goes by any score of a step, they would still outweigh the episode's outcome for that step, so
+they are off unless the configuration names them.
 Knows nothing of tokens. What a client alone can see (a click, an edit kept, a task completed) it sends as feedback.
 """
 
@@ -23,7 +25,8 @@ from itertools import pairwise
 from gradatim.feedback.critics import opinion, question, text_of
 from gradatim.types import Episode, Feedback, Message, Step
 
-CONFIDENCE = 0.2  # of each; five of them weigh as much as one that is sure
+CONFIDENCE = 0.2  # of each,
+MOST_CONFIDENCE = 0.8  # and of all of one episode together: they never weigh as much as one opinion that is sure
 _SAME = 0.85  # share of equal characters from which on the user says the same again
 _CORRECTING = re.compile(
     r"\s*(?:no\b[,.! ]|nope\b|wrong\b|not (?:that|what)|that(?:'s| is)(?: not|n't) |incorrect\b"
@@ -48,21 +51,22 @@ Signals = Iterator[tuple[Step, float]]
 
 def implicit(episode: Episode, names: Sequence[str]) -> list[Feedback]:
     """The named signals of an episode, each about one step, with the source ``implicit:NAME``."""
-    return [
-        opinion(step, value, confidence=CONFIDENCE, source=f"implicit:{name}")
-        for name in names
-        for step, value in SIGNALS[name](episode)
-    ]
+    found = [(name, step, value) for name in names for step, value in SIGNALS[name](episode)]
+    confidence = min(CONFIDENCE, MOST_CONFIDENCE / max(1, len(found)))
+    return [opinion(step, value, confidence=confidence, source=f"implicit:{name}") for name, step, value in found]
 
 
 def _turns(episode: Episode) -> Iterator[tuple[Step, Sequence[Message]]]:
-    """Each answer with what came after it: the messages that the next request has beyond this one and its answer. Only
-    where that request goes on from this one."""
-    steps = [s for s in episode.steps if s.trainable]
-    for step, after in pairwise(steps):
+    """Each answer with what came after it: the messages that the next request has beyond this one and its answer."""
+    return ((step, after.messages[len(step.messages) + 1 :]) for step, after in _continued(episode))
+
+
+def _continued(episode: Episode) -> Iterator[tuple[Step, Step]]:
+    """Each answer whose next request goes on from it: the same messages, an answer, and more."""
+    for step, after in pairwise(s for s in episode.steps if s.trainable):
         known = len(step.messages)
         if known and len(after.messages) > known + 1 and tuple(after.messages[:known]) == tuple(step.messages):
-            yield step, after.messages[known + 1 :]
+            yield step, after
 
 
 def _said(messages: Sequence[Message]) -> str:
@@ -105,6 +109,16 @@ def recovery(episode: Episode) -> Signals:
         failing = any(results) if results else failing
 
 
+def edited(episode: Episode) -> Signals:
+    """Most of it is kept; a client that only cuts an answer short, or strips it, has not edited it."""
+    for step, after in _continued(episode):
+        kept = text_of(after.messages[len(step.messages)]).split()
+        given = step.text.split()
+        whole = "".join(given).find("".join(kept)) >= 0
+        if not whole and SequenceMatcher(None, given, kept, autojunk=False).ratio() >= 0.5:
+            yield step, -0.3
+
+
 def retry(episode: Episode) -> Signals:
     """Choices of one request (ID, ID:1, ...) are no retries of each other."""
     steps = [s for s in episode.steps if s.trainable and s.messages]
@@ -118,5 +132,5 @@ def abandoned(episode: Episode) -> Signals:
 
 
 SIGNALS: Mapping[str, Callable[[Episode], Signals]] = {
-    f.__name__: f for f in (reask, correcting, thanks, tool_error, recovery, retry, abandoned)
+    f.__name__: f for f in (reask, correcting, thanks, tool_error, recovery, edited, retry, abandoned)
 }
