@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gradatim.errors import RecallError
 from gradatim.memory import token_file
-from gradatim.memory.index import HOT_ROWS, KeyIndex
+from gradatim.memory.key_index import HOT_ROWS, KeyIndex
 from gradatim.memory.key_space import KeySpace
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradatim.errors import RecallError
-from gradatim.memory.index import Floats, KeyIndex
+from gradatim.memory.key_index import Floats, KeyIndex
 
 WIDTH = 8
 
