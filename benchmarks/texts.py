@@ -10,6 +10,7 @@ import doctest
 import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import metadata
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -22,13 +23,27 @@ def python_documentation() -> Files:
 
 
 def command_examples() -> Files:
-    """What one types into Python and what it prints, as docstrings of networkx show it: one file a module. Both it and
-    sympy come with torch."""
+    """What one types into Python and what it prints, as docstrings of networkx (which comes with torch) show it: one
+    file a module."""
     return _sessions("networkx")
 
 
-def symbolic_examples() -> Files:
-    return _sessions("sympy")
+def descriptions() -> Files:
+    """What some packages say of themselves: this package's dependencies."""
+    names = ("alembic", "httpx", "numpy", "pydantic", "rich", "safetensors", "scipy", "sqlalchemy", "typer", "uvicorn")
+    return {name: str(metadata(name).get_payload()) for name in names}  # type: ignore[attr-defined]
+
+
+def operator_tables() -> Files:
+    """The declarations of torch's operators and of their derivatives: thousands of records of a few lines."""
+    folder = root("torchgen") / "packaged"
+    names = ("ATen/native/native_functions.yaml", "autograd/derivatives.yaml")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+
+
+def modules(package: str) -> Files:
+    """Source files."""
+    return {str(p.relative_to(root(package).parent)): p.read_text(encoding="utf-8") for p in sources(package)}
 
 
 def _sessions(package: str) -> Files:
@@ -69,6 +84,10 @@ def _episodes(path: Path) -> Iterator[str]:
 def shuffled(files: Files) -> list[str]:
     """Names in an order that is the same everywhere."""
     return sorted(files, key=lambda name: hashlib.sha256(name.encode()).digest())
+
+
+def named(files: Files) -> tuple[Files, Iterator[str]]:
+    return files, iter(shuffled(files))
 
 
 def take(files: Files, names: Iterator[str], tokens: int, encode: Callable[[str], list[int]]) -> list[list[int]]:

@@ -12,14 +12,14 @@ GradatimError
     TransitionError                 an adapter may not move between those two stages
     ConflictError                   this id was already used for another target
     RecordError                     a record holds what no database can keep
+    ForeignMemoryError              what is remembered was made with another model or tokenizer
   FeedbackError (RuntimeError)      the server took no feedback from this client; nothing was recorded
   CriticError (RuntimeError)        a critic could not judge; its verdict is unknown
     SandboxError                    this machine has no sandbox, or the command could not be run in it
+  MemoryKeyError (ValueError)       a key of a memory is no vector of numbers
   LearnerError (RuntimeError)       an update could not be made; serving is unaffected
     AdapterError                    an adapter's files are missing or do not match their digest
       DamagedAdapterError           the same, of an adapter that is named; trying again will not help
-  RecallError (RuntimeError)        a memory could not be read, written or searched; answers go on without it
-    ForeignMemoryError              it was made under another base model, layer or tokenizer
 """
 
 
@@ -78,6 +78,10 @@ class RecordError(StoreError):
     """A record holds what no database can keep."""
 
 
+class ForeignMemoryError(StoreError):
+    """What is remembered was made with another base model or tokenizer: its tokens mean something else."""
+
+
 class FeedbackError(GradatimError, RuntimeError):
     """The server took no feedback from this client. ``status`` is its answer's, 0 where none came."""
 
@@ -95,6 +99,10 @@ class SandboxError(CriticError):
     """This machine has no sandbox, or the command could not be run in it. Nothing was run."""
 
 
+class MemoryKeyError(GradatimError, ValueError):
+    """A key of a memory is no vector of finite numbers, or has another width."""
+
+
 class LearnerError(GradatimError, RuntimeError):
     """An update could not be made; serving is unaffected."""
 
@@ -109,11 +117,3 @@ class DamagedAdapterError(AdapterError):
     def __init__(self, adapter_id: str, message: str) -> None:
         super().__init__(message)
         self.adapter_id = adapter_id
-
-
-class RecallError(GradatimError, RuntimeError):
-    """A memory could not be read, written or searched; answers go on without it."""
-
-
-class ForeignMemoryError(RecallError):
-    """It was made under another base model, layer or tokenizer."""

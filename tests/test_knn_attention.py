@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gradatim.errors import ModelError
+from gradatim.errors import ForeignMemoryError, ModelError, StoreError
 from gradatim.memory.knn_attention import KnnAttention, memory_layers
 from gradatim.memory.session import Rows, rotated
+from gradatim.memory.session_file import read_session, write_session
 from gradatim.nn.base import Base
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -224,6 +226,25 @@ def test_sessions_do_not_see_each_other(tiny_base: Base) -> None:
     alone = knn.session()
     knn.score(alone, text(40, seed=1))
     assert torch.equal(knn.score(a, text(9, seed=3)), knn.score(alone, text(9, seed=3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_session_is_taken_up_again(tmp_path: Path, dtype: torch.dtype) -> None:
+    model, path = tiny_model().to(dtype).requires_grad_(False), tmp_path / "sessions" / "one"
+    knn = KnnAttention(model, window=16, chunk=4, layers=(1,))
+    session = knn.session()
+    write_session(session, path, "a" * 64)
+    assert read_session(path, "a" * 64).position == 0
+    knn.score(session, text(40))
+    write_session(session, path, "a" * 64)
+    again = read_session(path, "a" * 64)
+    assert (again.position, again.local, again.remembered) == (40, 16, 24)
+    assert torch.equal(knn.score(again, text(20, seed=2)), knn.score(session, text(20, seed=2)))
+    with pytest.raises(ForeignMemoryError, match=r"aaaaaaaaaaaa.*bbbbbbbbbbbb"):
+        read_session(path, "b" * 64)
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(StoreError, match="no sound session"):
+        read_session(path, "a" * 64)
 
 
 @pytest.mark.parametrize("form", ["joint", "gated"])

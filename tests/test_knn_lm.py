@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradatim.errors import ForeignMemoryError, RecallError
+from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
 from gradatim.memory.key_space import KeySpace, key_space, late_layer
 from gradatim.memory.knn_gate import TEMPERATURE, Cases, Gate, load_gate, save_gate, train_gate
 from gradatim.memory.knn_lm import LEAST_LAMBDA, SMALL_STORE_CAP, KnnLm, Mixed
@@ -96,6 +96,22 @@ def test_it_sums_to_one(rows: int, entries: int, bias: float, sharp: float, seed
         drawn(rows, WIDTH, seed=seed), model_says(rows, seed, sharp), [store] * rows
     )
     torch.testing.assert_close(mixed.logprobs.exp().sum(1), torch.ones(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_as_nats_on_a_few_tokens_it_is_the_same_mixture() -> None:
+    hidden, logprobs = drawn(5, WIDTH, seed=1), model_says(5).clone()
+    logprobs[4] = torch.log_softmax(logprobs[4].index_fill(0, torch.arange(10), -torch.inf), 0)
+    stores = [filled(seed=0), None, filled(seed=1), TokenStore(space()), filled(seed=2)]
+    knn = KnnLm(open_gate(), k=8)
+    shifts, mixed = knn.shifts(hidden, logprobs, stores), knn.mix(hidden, logprobs, stores)
+    assert [bool(s) for s in shifts] == [True, False, True, False, True]
+    for row, shift in enumerate(shifts[:4]):
+        moved = logprobs[row].double()
+        for token, nats in shift.items():
+            assert nats > 0
+            moved[token] += nats
+        torch.testing.assert_close(torch.log_softmax(moved, 0).float(), mixed.logprobs[row], rtol=1e-5, atol=1e-5)
+    assert all(token >= 10 for token in shifts[4])
 
 
 def test_tenants_of_one_batch_do_not_see_each_other() -> None:
@@ -210,7 +226,7 @@ def test_what_makes_no_sense_is_refused_and_revising_with_it_keeps_the_old(
 ) -> None:
     store = filled(5, seed=0)
     for change in (store.add, store.revise):
-        with pytest.raises(RecallError, match=match):
+        with pytest.raises(MemoryKeyError, match=match):
             change("episode-0", hidden, torch.tensor(tokens))
     assert len(store) == 5 and store.sources == {"episode-0"}
 
@@ -311,7 +327,7 @@ def test_damaged_data_is_refused(tmp_path: Path, damage: str) -> None:
                 "not ours": json.dumps({}).encode(),
             }[damage]
         )
-    with pytest.raises(RecallError, match="no sound memory"):
+    with pytest.raises(StoreError, match="no sound memory"):
         TokenStore.load(tmp_path, space())
 
 
@@ -337,7 +353,7 @@ def test_a_disk_that_refuses_is_named_and_the_old_stays(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "fsync", full)
     store.add("more", drawn(2, WIDTH, seed=3), words(2, 3))
-    with pytest.raises(RecallError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         store.save(tmp_path)
     monkeypatch.undo()
     assert len(store) == 42 and len(TokenStore.load(tmp_path, space())) == 40
@@ -432,7 +448,7 @@ def test_a_gate_of_another_space_or_damaged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ForeignMemoryError, match=r"aaaaaaaaaaaa.*bbbbbbbbbbbb"):
         load_gate(path, "b" * 64)
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(RecallError, match="no sound gate"):
+    with pytest.raises(StoreError, match="no sound gate"):
         load_gate(path, "a" * 64)
-    with pytest.raises(RecallError, match="no sound gate"):
+    with pytest.raises(StoreError, match="no sound gate"):
         load_gate(tmp_path / "absent", "a" * 64)

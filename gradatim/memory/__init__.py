@@ -1,1 +1,1 @@
-"""Memory that takes part in the next token's distribution, before any weight has changed."""
+"""Judged decision memory: what was said of an answer changes the next one in its situation, before any weights do."""

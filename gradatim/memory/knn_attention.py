@@ -234,8 +234,7 @@ class KnnAttention:
         count = min(self._top, keys.shape[1])
         best = torch.stack([_best(x, y, count) for x, y in zip(grouped, keys, strict=True)])  # (KH, G * n, K)
         at = torch.arange(len(keys), device=q.device)[:, None, None]
-        near = keys[at, best].float()  # (KH, G * n, K, E)
-        scores = torch.einsum("hqe,hqke->hqk", grouped.float(), near)
+        scores = torch.einsum("hqe,hqke->hqk", grouped, keys[at, best])
         return scores.reshape(heads, n, count), values[at, best].reshape(heads, n, count, width)
 
 
@@ -260,11 +259,12 @@ def _joint(
 ) -> Tensor:
     """(n, H, E): one softmax over memory scores (H, n, K) and local ones. q (H, n, E), keys and values (KH, m, E)."""
     heads, n, width = q.shape
-    local = (q.reshape(len(keys), -1, width) @ keys.transpose(1, 2)).reshape(heads, n, -1) * scaling  # (H, n, m)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    local = q.reshape(len(keys), -1, width).to(wide) @ keys.transpose(1, 2).to(wide) * scaling
+    local = local.reshape(heads, n, -1)  # (H, n, m)
     seen = mask[0] if mask is not None else torch.ones_like(local[0], dtype=torch.bool).tril_(local.shape[-1] - n)
     local = local.masked_fill(~seen, -math.inf)
-    scores = torch.cat([found.to(local.dtype), local], -1).to(torch.promote_types(local.dtype, torch.float32))
-    weights = scores.softmax(-1).to(values.dtype)
+    weights = torch.cat([found.to(wide), local], -1).softmax(-1).to(values.dtype)
     count = found.shape[-1]
     near = (weights[..., count:].reshape(len(keys), -1, keys.shape[1]) @ values).reshape(heads, n, width)
     return _weighted(weights[..., :count], recalled) + near.transpose(0, 1)

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from gradatim.errors import ForeignMemoryError, RecallError
+from gradatim.errors import ForeignMemoryError, StoreError
 from gradatim.memory.token_store import Neighbours
 
 FEATURES = 10
@@ -128,7 +128,7 @@ def train_gate(cases: Sequence[Cases], *, steps: int = 600, seed: int = 0) -> Ga
 
 
 def save_gate(gate: Gate, path: Path, space_digest: str) -> None:
-    """RecallError where the disk refuses."""
+    """StoreError where the disk refuses."""
     tmp = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -137,24 +137,24 @@ def save_gate(gate: Gate, path: Path, space_digest: str) -> None:
             os.fsync(file.fileno())
         os.replace(tmp, path)
     except OSError as e:
-        raise RecallError(f"cannot write the gate {path}: {e.strerror}") from e
+        raise StoreError(f"cannot write the gate {path}: {e.strerror}") from e
     finally:
         tmp.unlink(missing_ok=True)
 
 
 def load_gate(path: Path, space_digest: str) -> Gate:
-    """ForeignMemoryError where it was trained in another key space; RecallError where it is damaged."""
+    """ForeignMemoryError where it was trained in another key space; StoreError where it is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             theirs = (file.metadata() or {}).get("space", "")
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as e:
-        raise RecallError(f"{path} is no sound gate: {e}") from e
+        raise StoreError(f"{path} is no sound gate: {e}") from e
     if theirs != space_digest:
         raise ForeignMemoryError(_MISMATCH.format(path=path, theirs=theirs[:12], ours=space_digest[:12]))
     gate = Gate()
     try:
         gate.load_state_dict(state)
     except RuntimeError as e:
-        raise RecallError(f"{path} is no sound gate: {e}") from e
+        raise StoreError(f"{path} is no sound gate: {e}") from e
     return gate.requires_grad_(False).eval()

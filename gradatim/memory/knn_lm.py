@@ -12,7 +12,7 @@ Shapes: B rows, D size of the hidden state, V vocabulary, K neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,10 +60,7 @@ class KnnLm:
         weights = torch.zeros(count, self.k)
         searched = self._worth_it(hidden, logprobs, stores)
         out = logprobs
-        for store, wanted in _by_store(stores, searched):
-            found = store.search(hidden[wanted], self.k)
-            said = recalled(found, self._temperature)
-            mine = self._lambdas(found, said, logprobs[wanted].float().cpu(), len(store))
+        for wanted, found, said, mine in self._asked(hidden, logprobs, stores, searched):
             lambdas[wanted], rows[wanted], weights[wanted] = mine, torch.from_numpy(found.rows), said.weights
             open_ = mine > 0
             if bool(open_.any()):
@@ -71,6 +68,36 @@ class KnnLm:
                 at = wanted[open_]
                 out[at] = _mixture(logprobs[at], mine[open_], Recalled(said.tokens[open_], said.weights[open_]))
         return Mixed(out, lambdas, searched, rows, weights)
+
+    @torch.no_grad()
+    def shifts(
+        self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None]
+    ) -> list[Mapping[int, float]]:
+        """The same mixture as nats to add to the log-probabilities of a few tokens of each row: normalised again, they
+        are ``mix``. Tokens that the model cannot say (-inf) stay so.
+
+        From eq. 3, p(y) = (1 - lambda) p_LM(y) (1 + lambda p_kNN(y) / ((1 - lambda) p_LM(y))), of which the first
+        factor is the same for all.
+        """
+        out: list[Mapping[int, float]] = [{} for _ in stores]
+        searched = self._worth_it(hidden, logprobs, stores)
+        for wanted, _, said, mine in self._asked(hidden, logprobs, stores, searched):
+            own = logprobs[wanted].gather(1, said.tokens.clamp_min(0).to(logprobs.device)).double().cpu()
+            odds = (mine.double().log() - torch.log1p(-mine.double()))[:, None] + _mass(said).double().log()
+            added = torch.log1p((odds - own).exp())  # (B, K)
+            usable = (said.tokens >= 0) & own.isfinite() & (mine > 0)[:, None]
+            for row, tokens, nats, use in zip(wanted.tolist(), said.tokens, added, usable, strict=True):
+                out[row] = dict(zip(tokens[use].tolist(), nats[use].tolist(), strict=True))
+        return out
+
+    def _asked(
+        self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None], searched: Tensor
+    ) -> Iterator[tuple[Tensor, Neighbours, Recalled, Tensor]]:
+        """Per store: the rows (n,) that are on it, what was found, what that says, and lambdas (n,)."""
+        for store, wanted in _by_store(stores, searched):
+            found = store.search(hidden[wanted], self.k)
+            said = recalled(found, self._temperature)
+            yield wanted, found, said, self._lambdas(found, said, logprobs[wanted].float().cpu(), len(store))
 
     def _worth_it(self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None]) -> Tensor:
         unsure = (logprobs.amax(1) < self._log_sure) & hidden.isfinite().all(1)  # NaN is never less
@@ -111,8 +138,7 @@ def _mixture(logprobs: Tensor, lambdas: Tensor, said: Recalled) -> Tensor:
     """Eq. 3 on (B, V) rows; lambdas (B,) in (0, 1). Tokens that no neighbour says only lose log(1 - lambda)."""
     lambdas = lambdas.to(logprobs.device, logprobs.dtype)
     tokens, weights = said.tokens.to(logprobs.device), said.weights.to(logprobs.device, logprobs.dtype)
-    same = tokens[:, :, None] == tokens[:, None]  # (B, K, K)
-    mass = (same * weights[:, None]).sum(2)  # (B, K): equal tokens have equal sums, so any of them may be written last
+    mass = _mass(Recalled(tokens, weights))
     kept = torch.log1p(-lambdas)[:, None]
     out = logprobs + kept
     at = tokens.clamp_min(0)
@@ -120,3 +146,9 @@ def _mixture(logprobs: Tensor, lambdas: Tensor, said: Recalled) -> Tensor:
     absent = tokens < 0  # stands for token 0, which must keep its value
     out.scatter_(1, torch.where(absent, tokens[:, :1], at), torch.where(absent, both[:, :1], both))
     return out
+
+
+def _mass(said: Recalled) -> Tensor:
+    """(B, K) what all neighbours with the token of neighbour k weigh: the same for equal tokens."""
+    same = said.tokens[:, :, None] == said.tokens[:, None]  # (B, K, K)
+    return (same * said.weights[:, None]).sum(2)

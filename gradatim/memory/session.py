@@ -56,7 +56,7 @@ class Rows:
 class LayerRows:
     keys: Rows = field(default_factory=Rows)  # in the window, rotated to their positions
     values: Rows = field(default_factory=Rows)
-    memory_keys: Rows = field(default_factory=Rows)  # before RoPE
+    memory_keys: Rows = field(default_factory=Rows)  # before RoPE; in fp32 at least
     memory_values: Rows = field(default_factory=Rows)
 
 
@@ -81,8 +81,8 @@ class Session:
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv:2104.09864, eq. 34) in the layout of transformers' Llama. x (..., n, E), cos and sin (n, E); computed
-    in fp32 at least."""
+    """RoPE (arXiv:2104.09864, eq. 34) in the layout of transformers' Llama. x (..., n, E), cos and sin (n, E); the
+    result is in fp32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = wide.chunk(2, -1)
-    return (wide * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+    return wide * cos + torch.cat((-b, a), -1) * sin

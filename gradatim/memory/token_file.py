@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gradatim.errors import ForeignMemoryError, RecallError
+from gradatim.errors import ForeignMemoryError, StoreError
 from gradatim.memory.key_space import KeySpace
 
 TRUTH_FILE = "tokens.safetensors"
@@ -45,7 +45,7 @@ class Snapshot:
 
 
 def write(folder: Path, held: Snapshot) -> None:
-    """RecallError where the disk refuses; what was there before is still there then, and after a crash."""
+    """StoreError where the disk refuses; what was there before is still there then, and after a crash."""
     space = held.space
     arrays: dict[str, NDArray[Any]] = {
         "keys": held.keys,
@@ -66,16 +66,16 @@ def write(folder: Path, held: Snapshot) -> None:
     digest = _digest(arrays, header)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / TRUTH_FILE, save(arrays, header | {"sha256": digest}))
+        replace(folder / TRUTH_FILE, save(arrays, header | {"sha256": digest}))
         derived = {"of": digest, "spans": spans}
-        _replace(folder / INDEX_FILE, save(pieces, derived | {"sha256": _digest(pieces, derived)}))
+        replace(folder / INDEX_FILE, save(pieces, derived | {"sha256": _digest(pieces, derived)}))
     except OSError as e:
-        raise RecallError(f"cannot write the memory {folder}: {e.strerror}") from e
+        raise StoreError(f"cannot write the memory {folder}: {e.strerror}") from e
 
 
 def read(folder: Path, space: KeySpace) -> tuple[Snapshot, str]:
     """What was written, and why its index is not among it: empty where it is. ForeignMemoryError where it was made in
-    another key space; RecallError where it is damaged or cannot be read."""
+    another key space; StoreError where it is damaged or cannot be read."""
     path = folder / TRUTH_FILE
     try:
         arrays, header = _read(path)
@@ -83,7 +83,7 @@ def read(folder: Path, space: KeySpace) -> tuple[Snapshot, str]:
         theirs = KeySpace(base, layer, vocabulary, arrays["mean"], arrays["scale"], adapter_sha256=adapter)
         sources = {s: [(a, b) for a, b in spans] for s, spans in json.loads(header["sources"]).items()}
     except _UNSOUND as e:
-        raise RecallError(f"{path} is no sound memory: {e}") from e
+        raise StoreError(f"{path} is no sound memory: {e}") from e
     if theirs.digest != space.digest:
         raise ForeignMemoryError(f"{path} was made in another key space: {theirs}, but this is {space}")
     segments, fault = _segments(folder / INDEX_FILE, header["sha256"])
@@ -119,7 +119,7 @@ def _digest(arrays: Mapping[str, NDArray[Any]], header: Mapping[str, str]) -> st
     return sha.hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes) -> None:
     """All of it under that name, or what was there before."""
     tmp = path.with_name(f".{path.name}-{os.getpid()}")
     try:

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradatim.errors import RecallError
+from gradatim.errors import MemoryKeyError, StoreError
 from gradatim.memory import token_file
-from gradatim.memory.index import HOT_ROWS, KeyIndex
+from gradatim.memory.key_index import HOT_ROWS, KeyIndex
 from gradatim.memory.key_space import KeySpace
 
 log = logging.getLogger(__name__)
@@ -67,13 +67,13 @@ class TokenStore:
     def add(self, source: str, hidden: Tensor, tokens: Tensor) -> range:
         """Remember that after the state ``hidden[i]`` came ``tokens[i]``; visible to the next search. Gives the rows.
 
-        hidden (n, D) of the space's layer, tokens (n,). RecallError where a state is not finite or a token is none.
+        hidden (n, D) of the space's layer, tokens (n,). MemoryKeyError where a state is not finite or a token is none.
         """
         values = tokens.detach().cpu().numpy().astype(np.int64)
         if hidden.shape != (len(values), self.space.width):
-            raise RecallError(f"states {tuple(hidden.shape)} for {len(values)} tokens and width {self.space.width}")
+            raise MemoryKeyError(f"states {tuple(hidden.shape)} for {len(values)} tokens and width {self.space.width}")
         if len(values) and not (values.min() >= 0 and values.max() < self.space.vocabulary):
-            raise RecallError(f"a token is outside of the vocabulary of {self.space.vocabulary}")
+            raise MemoryKeyError(f"a token is outside of the vocabulary of {self.space.vocabulary}")
         return self._take(source, self.space.keys(hidden), values)
 
     def _take(self, source: str, keys: NDArray[np.float32], tokens: NDArray[np.int64]) -> range:
@@ -93,7 +93,7 @@ class TokenStore:
             before = self._sources.pop(source, [])
             try:
                 rows = self.add(source, hidden, tokens)
-            except RecallError:
+            except MemoryKeyError:
                 if before:
                     self._sources[source] = before
                 raise
@@ -145,7 +145,7 @@ class TokenStore:
 
     def save(self, folder: Path) -> None:
         """Write it, without what was removed, so that a crash leaves the whole new store or the whole old one.
-        RecallError where the disk refuses; the store in memory goes on."""
+        StoreError where the disk refuses; the store in memory goes on."""
         with self._lock:
             held = token_file.Snapshot(
                 self.space,
@@ -159,7 +159,7 @@ class TokenStore:
     @classmethod
     def load(cls, folder: Path, space: KeySpace, *, hot_rows: int = HOT_ROWS) -> TokenStore:
         """What was saved; a search index that is not sound is built again. ForeignMemoryError where it was made in
-        another key space, with both digests; RecallError where it is damaged or absent."""
+        another key space, with both digests; StoreError where it is damaged or absent."""
         held, fault = token_file.read(folder, space)
         store = cls(space, hot_rows=hot_rows)
         store._tokens = held.tokens.copy()
@@ -171,7 +171,7 @@ class TokenStore:
         if not fault:
             try:
                 store._index.restore(held.segments)
-            except RecallError as e:
+            except StoreError as e:
                 fault = str(e)
         if fault:
             log.warning("the search index is built again: %s", fault)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradatim.errors import RecallError
-from gradatim.memory.index import Floats, KeyIndex
+from gradatim.errors import MemoryKeyError, StoreError
+from gradatim.memory.key_index import Floats, KeyIndex
 
 WIDTH = 8
 
@@ -130,13 +130,13 @@ def test_keys_that_are_no_numbers_are_refused_whole(bad: float) -> None:
     index = KeyIndex(WIDTH)
     keys = unit(3, 0)
     keys[1, 2] = bad
-    with pytest.raises(RecallError, match="NaN"):
+    with pytest.raises(MemoryKeyError, match="NaN"):
         index.add(keys)
     assert index.rows == 0
 
 
 def test_keys_of_another_width_are_refused() -> None:
-    with pytest.raises(RecallError, match="width 8"):
+    with pytest.raises(MemoryKeyError, match="width 8"):
         KeyIndex(WIDTH).add(unit(2, 0, 9))
 
 
@@ -170,7 +170,7 @@ def test_segments_that_do_not_fit_are_refused_and_change_nothing(damage: str) ->
         end = 63
     fresh = KeyIndex(WIDTH, hot_rows=64, candidates=1000)
     fresh.fill(twin.index.keys(), twin.index.alive())
-    with pytest.raises(RecallError):
+    with pytest.raises(StoreError):
         fresh.restore([(start, end, data)])
     twin.index = fresh
     twin.check()

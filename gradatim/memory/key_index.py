@@ -18,7 +18,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from gradatim.errors import RecallError
+from gradatim.errors import MemoryKeyError, StoreError
 
 Floats: TypeAlias = NDArray[np.float32]
 Rows: TypeAlias = NDArray[np.int64]
@@ -80,13 +80,13 @@ class KeyIndex:
         return self._rows - self.sealed >= self._hot_rows
 
     def add(self, keys: Floats) -> range:
-        """Their new row numbers. ``keys`` (n, D). RecallError where a number is not finite in half precision."""
+        """Their new row numbers. ``keys`` (n, D). MemoryKeyError where a number is not finite in half precision."""
         if keys.ndim != 2 or keys.shape[1] != self.width:
-            raise RecallError(f"keys of shape {keys.shape} do not fit an index of width {self.width}")
+            raise MemoryKeyError(f"keys of shape {keys.shape} do not fit an index of width {self.width}")
         with np.errstate(over="ignore"):
             half = keys.astype(np.float16)
         if not np.isfinite(half).all():
-            raise RecallError("a key holds NaN, an infinity or a number above 65504; it is not stored")
+            raise MemoryKeyError("a key holds NaN, an infinity or a number above 65504; it is not stored")
         with self._lock:
             start, end = self._rows, self._rows + len(half)
             self._reserve(end)
@@ -201,7 +201,8 @@ class KeyIndex:
         left = self._rows - self.sealed
         self._hot = np.zeros((max(left, self._hot_rows), self.width), np.float32)
         self._hot[:left] = self._keys[self.sealed : self._rows]
-        self._norms = np.square(self._hot).sum(1)
+        self._norms = np.zeros(len(self._hot), np.float32)
+        self._norms[:left] = np.square(self._hot[:left]).sum(1)
         self._select()
 
     def segments(self) -> tuple[Segment, ...]:
@@ -214,13 +215,13 @@ class KeyIndex:
 
     def restore(self, segments: Sequence[tuple[int, int, bytes]]) -> None:
         """Take over segments that were written for these very rows, as (start, end, bytes) from row 0 on.
-        RecallError where they are not what they should be; nothing has changed then."""
+        StoreError where they are not what they should be; nothing has changed then."""
         read: list[Segment] = []
         at = 0
         for start, end, data in segments:
             index = _parsed(data)
             if start != at or not start < end <= self._rows or index.d != self.width or index.ntotal > end - start:
-                raise RecallError(f"a segment of rows {start} to {end} does not fit {self._rows} rows")
+                raise StoreError(f"a segment of rows {start} to {end} does not fit {self._rows} rows")
             read.append(Segment(start, end, index))
             at = end
         with self._lock:
@@ -246,7 +247,7 @@ def _parsed(data: bytes) -> Any:
     try:
         index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
     except RuntimeError as e:
-        raise RecallError(f"not a faiss index: {str(e).splitlines()[0]}") from e
+        raise StoreError(f"not a faiss index: {str(e).splitlines()[0]}") from e
     if not isinstance(index, faiss.IndexIVF):
-        raise RecallError(f"not an inverted-file index but {type(index).__name__}")
+        raise StoreError(f"not an inverted-file index but {type(index).__name__}")
     return index

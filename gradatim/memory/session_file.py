@@ -1,0 +1,76 @@
+"""A session on disk, so that a conversation longer than the window can be taken up again after a restart.
+
+It knows no models: who writes says in which one the session was read, and nobody else can take it up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from gradatim.errors import ForeignMemoryError, StoreError
+from gradatim.memory.session import LayerRows, Rows, Session
+from gradatim.memory.token_file import replace
+
+_PARTS = ("keys", "values", "memory_keys", "memory_values")
+_UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError)
+
+
+def write_session(session: Session, path: Path, model_digest: str) -> None:
+    """``model_digest`` names the weights, adapter included, that read it. StoreError where the disk refuses; what was
+    there before is still there then, and after a crash."""
+    tensors = {
+        f"{i}.{part}": getattr(layer, part).all.contiguous()
+        for i, layer in enumerate(session.layers)
+        for part in _PARTS
+        if len(getattr(layer, part))
+    }
+    if session.last is not None:
+        tensors["last"] = session.last.contiguous()
+    header = {"model": model_digest, "at": json.dumps([len(session.layers), session.position, session.local])}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace(path, save(tensors, header | {"sha256": _digest(tensors, header)}))
+    except OSError as e:
+        raise StoreError(f"cannot write the session {path}: {e.strerror}") from e
+
+
+def read_session(path: Path, model_digest: str) -> Session:
+    """ForeignMemoryError where other weights read it; StoreError where it is damaged or absent."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.pop("sha256") != _digest(tensors, header):
+            raise ValueError("its bytes are not those that were written")
+        count, position, local = json.loads(header["at"])
+    except _UNSOUND as e:
+        raise StoreError(f"{path} is no sound session: {e}") from e
+    if header["model"] != model_digest:
+        raise ForeignMemoryError(
+            f"{path} was read by other weights: {header['model'][:12]}, but these are {model_digest[:12]}"
+        )
+    layers = [LayerRows(*(_rows(tensors.get(f"{i}.{part}")) for part in _PARTS)) for i in range(count)]
+    return Session(layers, position, local, tensors.get("last"))
+
+
+def _rows(data: Tensor | None) -> Rows:
+    rows = Rows()
+    if data is not None:
+        rows.append(data)
+    return rows
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(json.dumps(sorted(header.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
