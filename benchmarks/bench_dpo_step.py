@@ -46,8 +46,9 @@ from step_workload import (
 )
 from torch import Tensor
 
+from gradatim.nn.attend import plan
 from gradatim.nn.base import Base
-from gradatim.nn.pack import packed_tokens
+from gradatim.nn.pack import Answer, pack, packed_tokens
 
 if TYPE_CHECKING:
     from trl_sides import TrlDpo
@@ -79,7 +80,8 @@ def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 
 
 def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
-    """The matrix products of one step with a cached reference, alone: layers, LoRA and head, forward and backward."""
+    """The matrix products of one step with a cached reference, alone: layers, LoRA, attention and head, forward and
+    backward."""
     answers = [a for p in pairs for a in p.answers]
     tokens = packed_tokens(answers)
     predicted = sum(len(a.completion_ids) for a in answers)
@@ -91,8 +93,10 @@ def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
     branch = {s: (torch.randn(RANK, s[1]).to(base.dtype), torch.randn(s[0], RANK).to(base.dtype)) for s in shapes}
     hidden = torch.randn(predicted, head.weight.shape[1]).to(base.dtype)
     logits = torch.randn(128, head.weight.shape[0]).to(base.dtype)
+    attention = attention_products(base, answers)
 
     def products() -> None:
+        attention()
         for linear in linears:
             shape = tuple(linear.weight.shape)
             a, b = branch[shape]
@@ -106,6 +110,29 @@ def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
 
     with torch.no_grad():
         return min(cpu_s(products) for _ in range(2))
+
+
+def attention_products(base: Base, answers: Sequence[Answer]) -> Callable[[], None]:
+    """Those of attention in all layers: scores in fp32 and mixed values, then the gradients of values, probabilities,
+    queries and keys."""
+    config = base.model.config
+    groups, size = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    parts = plan(pack(answers).blocks, groups, base.device, torch.float32).parts
+    shapes = [(groups * (p.end - p.start), sum(end - start for start, end in p.keys)) for p in parts]
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(config.num_key_value_heads, count, size)
+
+    given = [(rows(m), rows(n), rows(m).to(base.dtype), rows(n).to(base.dtype)) for m, n in shapes]
+
+    def products() -> None:
+        for _ in range(config.num_hidden_layers):
+            for q, k, q_low, k_low in given:
+                p = (q @ k.transpose(1, 2)).to(base.dtype)
+                _ = p @ k_low, p.transpose(1, 2) @ q_low, q_low @ k_low.transpose(1, 2)
+                _ = p @ k_low, p.transpose(1, 2) @ q_low
+
+    return products
 
 
 # ------------------------------------------------------------------------------------------------ parts
