@@ -7,8 +7,9 @@ so that other load on the machine hardly matters. Peaks are of one process each,
 held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL accumulates the
 gradients of 4 passes of 4.
 
-Besides: a batch of agent steps behind one system prompt of 1024 tokens; the shape of this project's own updates,
-hand-written layers against the model-agnostic path; and the matrix products alone, as the floor.
+Besides: the steps of KTO, APO-zero and SFT; a batch of agent steps behind one system prompt of 1024 tokens; the shape
+of this project's own updates, hand-written layers against the model-agnostic path; and the matrix products alone, as
+the floor. ``trl_sides`` is TRL's side, ``step_workload`` ours.
 
 Needs the extra ``bench``: pip install 'gradatim[bench]'.
 """
@@ -17,221 +18,40 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import harness
 
 harness.threads()
 
 import torch
+from step_workload import (
+    LONG_SYSTEM_TOKENS,
+    MICRO,
+    RANK,
+    SYSTEM_TOKENS,
+    Ours,
+    Pair,
+    Thumb,
+    load,
+    make_pairs,
+    text_ids,
+    thumbs_of,
+)
 from torch import Tensor
 
-from gradatim.learner.trainable import Trainable
-from gradatim.nn import losses
-from gradatim.nn.base import Base, load_base
-from gradatim.nn.lora import LoraWeights, fresh_weights
-from gradatim.nn.pack import Answer, Scored, packed_tokens, passes, score
+from gradatim.nn.attend import plan
+from gradatim.nn.base import Base
+from gradatim.nn.pack import Answer, pack, packed_tokens
 
-RANK, ALPHA, BETA, LR = 16, 32, 0.1, 1e-5
-MICRO = 4  # pairs in one of TRL's passes
-PASS_TOKENS = 2048  # packed tokens in one of ours
-SYSTEM_TOKENS, LONG_SYSTEM_TOKENS = 75, 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    prompt: tuple[int, ...]
-    chosen: tuple[int, ...]
-    rejected: tuple[int, ...]
-
-    @property
-    def answers(self) -> list[Answer]:
-        return [Answer(self.prompt, self.chosen), Answer(self.prompt, self.rejected)]
-
-
-def load(data_dir: Path, dtype: str, *, quick: bool) -> Base:
-    """SmolLM2; the first two of its layers for a smoke run."""
-    base = load_base("smollm2", data_dir, dtype=dtype, device="cpu")
-    if quick:
-        base.model.model.layers = base.model.model.layers[:2]
-        base.model.config.num_hidden_layers = 2
-    return base
-
-
-def text_ids(tokenizer: Any) -> list[int]:
-    """Ordinary English to cut prompts from: this project's own pages."""
-    pages = sorted((Path(__file__).resolve().parent.parent / "docs").glob("[0-9]*.md"))
-    ids: list[int] = tokenizer("\n".join(p.read_text() for p in pages))["input_ids"]
-    return ids
-
-
-def make_pairs(
-    ids: Sequence[int], count: int, system: int, prompt: tuple[int, int], answer: tuple[int, int]
-) -> list[Pair]:
-    """Pairs with that many shared system tokens, and own prompts and answers of these ranges of lengths."""
-    rng = random.Random(7)
-
-    def piece(bounds: tuple[int, int]) -> tuple[int, ...]:
-        length = rng.randint(*bounds)
-        start = rng.randrange(len(ids) - length)
-        return tuple(ids[start : start + length])
-
-    shared = (*ids, *ids)[:system]
-    return [Pair(shared + piece(prompt), piece(answer), piece(answer)) for _ in range(count)]
-
-
-def start_weights(model: Any) -> LoraWeights:
-    """As after some training: with B = 0 half of all gradients would be 0 whatever the code does."""
-    generator = torch.Generator().manual_seed(1)
-    fresh = fresh_weights(model, RANK, ALPHA, seed=0)
-    modules = {p: (a, 2e-3 * torch.randn(b.shape, generator=generator)) for p, (a, b) in fresh.modules.items()}
-    return LoraWeights(RANK, ALPHA / RANK, modules)
-
-
-# ------------------------------------------------------------------------------------------------ sides
-
-
-class Ours:
-    """The product's step. ``generic`` takes the model-agnostic path."""
-
-    def __init__(self, base: Base, *, generic: bool = False) -> None:
-        self._trainable = Trainable(base)
-        self._forward: Callable[[Sequence[Answer]], list[Scored]] = (
-            (lambda answers: score(base.model, answers)) if generic else self._trainable.forward
-        )
-        self._lora = self._trainable.lora
-        self._lora.load(start_weights(base.model), trainable=True)
-        self._optimizer = torch.optim.AdamW([self._lora.flat], lr=LR, weight_decay=0.0)
-
-    def reference(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        """Log-probabilities (2,) of each pair under the bare base."""
-        out: dict[int, Tensor] = {}
-        with torch.no_grad(), self._lora.disabled():
-            for members in passes([p.answers for p in pairs], PASS_TOKENS):
-                totals = [s.total for s in self._forward([a for m in members for a in pairs[m].answers])]
-                out |= {m: torch.stack(totals[2 * k : 2 * k + 2]) for k, m in enumerate(members)}
-        return [out[m] for m in range(len(pairs))]
-
-    def gradient(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
-        self._lora.zero_grad()
-        reference = reference or self.reference(pairs)
-        mean = 0.0
-        for members in passes([p.answers for p in pairs], PASS_TOKENS):
-            scored = self._forward([a for m in members for a in pairs[m].answers])
-            now = torch.stack([s.total for s in scored]).view(-1, 2)
-            before = torch.stack([reference[m] for m in members])
-            loss = losses.dpo(now[:, 0], now[:, 1], before[:, 0], before[:, 1], BETA).sum() / len(pairs)
-            loss.backward()  # type: ignore[no-untyped-call]
-            mean += float(loss.detach())
-        return mean
-
-    def step(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
-        loss = self.gradient(pairs, reference)
-        torch.nn.utils.clip_grad_norm_([self._lora.flat], 1.0)
-        self._optimizer.step()
-        return loss
-
-    def gradients(self) -> dict[str, Tensor]:
-        """By module and factor."""
-        out: dict[str, Tensor] = {}
-        for path, (a, b) in self._lora.branches().items():
-            assert a.grad is not None and b.grad is not None
-            out |= {f"{path}.A": a.grad.clone(), f"{path}.B": b.grad.clone()}
-        return out
-
-
-class Trl:
-    """TRL's trainer, driven one ``training_step`` at a time: it takes no token ids of its own accord."""
-
-    def __init__(self, base: Base, folder: Path, *, cached: bool = False, checkpointing: bool = False) -> None:
-        from datasets import Dataset
-        from peft import LoraConfig
-        from trl import DPOConfig, DPOTrainer
-
-        settings = DPOConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=MICRO,
-            bf16=base.dtype == torch.bfloat16,
-            gradient_checkpointing=checkpointing,
-            learning_rate=LR,
-            beta=BETA,
-            max_length=None,
-            use_cpu=True,
-            report_to=[],
-            disable_tqdm=True,
-        )
-        texts = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear")
-        weights = start_weights(base.model)
-        self._trainer = DPOTrainer(
-            model=base.model, args=settings, train_dataset=texts, processing_class=base.tokenizer, peft_config=config
-        )
-        self._trainer.precompute_ref_logps = cached
-        self._named = {
-            n.removeprefix("base_model.model.").replace(f".lora_{x}.default.weight", f".{x}"): p
-            for n, p in self._trainer.model.named_parameters()
-            for x in "AB"
-            if f".lora_{x}.default.weight" in n
-        }
-        with torch.no_grad():
-            for path, pair in weights.modules.items():
-                for x, tensor in zip("AB", pair, strict=True):
-                    self._named[f"{path}.{x}"].copy_(tensor)
-        self._optimizer = self._trainer.create_optimizer()
-
-    def reference(self, pairs: Sequence[Pair]) -> list[Tensor]:
-        out = []
-        for start in range(0, len(pairs), MICRO):
-            batch = self._collate(pairs[start : start + MICRO], None)
-            chosen, rejected = self._trainer.compute_ref_log_probs(self._trainer.model, batch)
-            out += list(torch.stack([chosen, rejected], 1))
-        return out
-
-    def _collate(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None) -> Any:
-        rows: list[dict[str, Any]] = []
-        for k, p in enumerate(pairs):
-            row: dict[str, Any] = {
-                "prompt_ids": list(p.prompt), "chosen_ids": list(p.chosen), "rejected_ids": list(p.rejected),
-            }  # fmt: skip
-            if reference is not None:
-                row |= {"ref_chosen_logps": float(reference[k][0]), "ref_rejected_logps": float(reference[k][1])}
-            rows.append(row)
-        return self._trainer.data_collator(rows)
-
-    def gradient(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
-        """The default computes the reference in the step; with ``reference`` it is the cached one."""
-        self._optimizer.zero_grad()
-        self._trainer.precompute_ref_logps = reference is not None
-        passes_ = range(0, len(pairs), MICRO)
-        self._trainer.current_gradient_accumulation_steps = len(passes_)
-        total = 0.0
-        for start in passes_:
-            mine = None if reference is None else reference[start : start + MICRO]
-            batch = self._collate(pairs[start : start + MICRO], mine)
-            total += float(self._trainer.training_step(self._trainer.model, batch))
-        return total
-
-    def step(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
-        loss = self.gradient(pairs, reference)
-        torch.nn.utils.clip_grad_norm_(list(self._named.values()), 1.0)
-        self._optimizer.step()
-        return loss
-
-    def gradients(self) -> dict[str, Tensor]:
-        out = {}
-        for name, parameter in self._named.items():
-            assert parameter.grad is not None
-            out[name] = parameter.grad.float().clone()
-        return out
-
+if TYPE_CHECKING:
+    from trl_sides import TrlDpo
 
 # -------------------------------------------------------------------------------------------- measuring
 
@@ -260,7 +80,8 @@ def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 
 
 def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
-    """The matrix products of one step with a cached reference, alone: layers, LoRA and head, forward and backward."""
+    """The matrix products of one step with a cached reference, alone: layers, LoRA, attention and head, forward and
+    backward."""
     answers = [a for p in pairs for a in p.answers]
     tokens = packed_tokens(answers)
     predicted = sum(len(a.completion_ids) for a in answers)
@@ -272,8 +93,10 @@ def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
     branch = {s: (torch.randn(RANK, s[1]).to(base.dtype), torch.randn(s[0], RANK).to(base.dtype)) for s in shapes}
     hidden = torch.randn(predicted, head.weight.shape[1]).to(base.dtype)
     logits = torch.randn(128, head.weight.shape[0]).to(base.dtype)
+    attention = attention_products(base, answers)
 
     def products() -> None:
+        attention()
         for linear in linears:
             shape = tuple(linear.weight.shape)
             a, b = branch[shape]
@@ -289,7 +112,36 @@ def floor_s(base: Base, pairs: Sequence[Pair]) -> float:
         return min(cpu_s(products) for _ in range(2))
 
 
+def attention_products(base: Base, answers: Sequence[Answer]) -> Callable[[], None]:
+    """Those of attention in all layers: scores in fp32 and mixed values, then the gradients of values, probabilities,
+    queries and keys."""
+    config = base.model.config
+    groups, size = config.num_attention_heads // config.num_key_value_heads, config.head_dim
+    parts = plan(pack(answers).blocks, groups, base.device, torch.float32).parts
+    shapes = [(groups * (p.end - p.start), sum(end - start for start, end in p.keys)) for p in parts]
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(config.num_key_value_heads, count, size)
+
+    given = [(rows(m), rows(n), rows(m).to(base.dtype), rows(n).to(base.dtype)) for m, n in shapes]
+
+    def products() -> None:
+        for _ in range(config.num_hidden_layers):
+            for q, k, q_low, k_low in given:
+                p = (q @ k.transpose(1, 2)).to(base.dtype)
+                _ = p @ k_low, p.transpose(1, 2) @ q_low, q_low @ k_low.transpose(1, 2)
+                _ = p @ k_low, p.transpose(1, 2) @ q_low
+
+    return products
+
+
 # ------------------------------------------------------------------------------------------------ parts
+
+
+def trl_dpo(base: Base, folder: Path, side: str = "trl") -> TrlDpo:
+    from trl_sides import TrlDpo  # an optional dependency
+
+    return TrlDpo(base, folder, checkpointing=side == "trl-checkpointing")
 
 
 def peak_bytes(side: str, args: argparse.Namespace) -> None:
@@ -297,9 +149,7 @@ def peak_bytes(side: str, args: argparse.Namespace) -> None:
     base = load(args.data_dir, args.dtype, quick=args.quick)
     pairs = make_pairs(text_ids(base.tokenizer), args.pairs, SYSTEM_TOKENS, (162, 210), (48, 96))
     with tempfile.TemporaryDirectory() as folder:
-        side_of: Ours | Trl = (
-            Ours(base) if side == "ours" else Trl(base, Path(folder), checkpointing=side == "trl-checkpointing")
-        )
+        side_of: Ours | TrlDpo = Ours(base) if side == "ours" else trl_dpo(base, Path(folder), side)
         for parameter in base.model.parameters():
             parameter.max()  # mapped pages count once they were read
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
@@ -342,7 +192,7 @@ class Bench:
         ours_base, trl_base = (load(self.data_dir, dtype, quick=self.args.quick) for _ in range(2))
         ids = text_ids(ours_base.tokenizer)
         pairs = make_pairs(ids, MICRO, SYSTEM_TOKENS, (162, 210), (48, 96))
-        trl = Trl(trl_base, self.folder)
+        trl = trl_dpo(trl_base, self.folder)
         ours = Ours(ours_base)
         self.equality(dtype, ours, trl, pairs)
         self.speed(dtype, ours, trl, pairs, ours_base)
@@ -356,7 +206,7 @@ class Bench:
         name = f"{dtype}: 4 pairs behind a 1024-token system prompt, TRL / ours"
         self.goal(name, spent["trl"] / spent["ours"], ">= 5")
 
-    def equality(self, dtype: str, ours: Ours, trl: Trl, pairs: Sequence[Pair]) -> None:
+    def equality(self, dtype: str, ours: Ours, trl: TrlDpo, pairs: Sequence[Pair]) -> None:
         expected_loss, found_loss = trl.gradient(pairs), ours.gradient(pairs)
         expected, found = trl.gradients(), ours.gradients()
         if dtype == "float32":
@@ -374,7 +224,7 @@ class Bench:
         self.goal("bfloat16: error of our gradient against float32", mine)
         self.goal("bfloat16: our error / TRL's", mine / theirs, "<= 1")
 
-    def speed(self, dtype: str, ours: Ours, trl: Trl, pairs: Sequence[Pair], base: Base) -> None:
+    def speed(self, dtype: str, ours: Ours, trl: TrlDpo, pairs: Sequence[Pair], base: Base) -> None:
         spent = self.against(f"{dtype}, 4 pairs", ours, trl, pairs, 1)
         self.goal(
             f"{dtype}, 4 pairs: matrix products alone / our cached step",
@@ -382,7 +232,7 @@ class Bench:
             ">= 0.65",
         )
 
-    def against(self, name: str, ours: Ours, trl: Trl, pairs: Sequence[Pair], rounds: int) -> dict[str, float]:
+    def against(self, name: str, ours: Ours, trl: TrlDpo, pairs: Sequence[Pair], rounds: int) -> dict[str, float]:
         mine, theirs = ours.reference(pairs), trl.reference(pairs)
         sides = {
             "trl": lambda: trl.step(pairs),
@@ -401,6 +251,36 @@ class Bench:
             f"{name}: TRL's default / ours with a cached reference", spent["trl"] / spent["ours, cached"], ">= 5.5"
         )
         return spent
+
+    def streaming(self, dtype: str) -> None:
+        """The steps that thumbs and corrections make: one answer to a prompt each."""
+        ids: Sequence[int] = ()
+        for name in ("kto", "apo_zero_unpaired", "sft"):
+            ours_base, trl_base = (load(self.data_dir, dtype, quick=self.args.quick) for _ in range(2))
+            ids = ids or text_ids(ours_base.tokenizer)
+            thumbs = thumbs_of(make_pairs(ids, MICRO, SYSTEM_TOKENS, (162, 210), (48, 96)))
+            self._stream(f"{dtype}, 4 answers, {name}", name, (Ours(ours_base), trl_base), thumbs)
+
+    def _stream(self, label: str, name: str, sides: tuple[Ours, Base], thumbs: Sequence[Thumb]) -> None:
+        from trl_sides import TrlSft, TrlThumbs  # an optional dependency
+
+        ours = sides[0]
+        sft = name == "sft"
+        trl = TrlSft(sides[1], self.folder) if sft else TrlThumbs(sides[1], self.folder, name)
+        found: dict[str, float] = {}
+
+        def mine() -> None:
+            found["ours"] = ours.sft_gradient(thumbs) if sft else ours.thumbs_gradient(thumbs, kto=name == "kto")
+
+        def theirs() -> None:
+            found["trl"] = trl.gradient(thumbs)
+
+        spent = alternate({"trl": theirs, "ours": mine}, 1)
+        self.details[label] = spent | {f"loss, {side}": value for side, value in found.items()}
+        self.goal(f"{label}: TRL / ours", spent["trl"] / spent["ours"])
+        if label.startswith("float32"):
+            self.goal(f"{label}: loss, relative difference", abs(found["ours"] / found["trl"] - 1), "<= 1e-5")
+            self.goal(f"{label}: gradient, relative difference", relative(ours.gradients(), trl.gradients()), "<= 1e-4")
 
     def product(self, dtype: str) -> None:
         """24 pairs of an agent's steps, as in this project's updates: long shared prompts, answers of a few tokens."""
@@ -435,7 +315,9 @@ class Bench:
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="keeps the converted model between runs")
-    parser.add_argument("--only", choices=["trl", "paths", "memory"], help="one part of it; nothing is kept")
+    parser.add_argument(
+        "--only", choices=["trl", "streaming", "paths", "memory"], help="one part of it; nothing is kept"
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them; nothing is kept")
     parser.add_argument("--all", action="store_true", help="16 pairs and long prompts in float32 too: 15 minutes more")
     parser.add_argument("--peak", choices=["ours", "trl", "trl-checkpointing"], help=argparse.SUPPRESS)
@@ -457,6 +339,8 @@ def main() -> None:
         ):  # float32 first: it is what bfloat16 is compared with
             if args.only in (None, "trl"):
                 bench.run(dtype)
+            if args.only in (None, "streaming"):
+                bench.streaming(dtype)
             if args.only in (None, "paths"):
                 bench.product(dtype)
             if args.only in (None, "memory"):

@@ -56,7 +56,8 @@ class RewardConfig:
 
 
 _OverAnswer = Literal["dpo", "robust_dpo", "ipo", "kto", "apo_zero", "sft"]
-_Unpaired = Literal["sft", "kto", "apo_zero", "policy_gradient"]
+_Sampled = Literal["policy_gradient", "dr_grpo"]
+_Unpaired = Literal["sft", "kto", "apo_zero", _Sampled]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,10 +67,10 @@ class LossConfig:
     __pydantic_config__ = _STRICT
     correction: _OverAnswer | Literal["self_distillation"] = "dpo"
     preference: _OverAnswer = "dpo"
-    pair: _OverAnswer | Literal["policy_gradient"] = "dpo"  # a good and a bad answer to one and the same prompt
+    pair: _OverAnswer | _Sampled = "dpo"  # a good and a bad answer to one and the same prompt
     success: _Unpaired = "sft"  # an answer that an outcome speaks for
     score: _Unpaired = "sft"  # one that a score speaks for
-    failure: Literal["avoid", "kto", "apo_zero", "policy_gradient"] = "avoid"  # outcome or score against it
+    failure: Literal["avoid", "kto", "apo_zero", _Sampled] = "avoid"  # outcome or score against it
     hint: Literal["self_distillation"] = "self_distillation"  # an answer that was commented on
 
 
@@ -88,6 +89,10 @@ class LearnerConfig:
     kl_replay_limit: float = 1.0  # nats a token from live on a batch's replayed answers: a step past it is taken back
     kl_fresh_limit: float = 0.3  # nats a token from live on the newest answers: a change past it is shortened
     kl_base_limit: float = 2.0  # nats a token between candidate and frozen model on fresh answers: its life's budget
+    length_limit: float = (
+        1.25  # times as long as the parent's: an update that makes fresh answers longer is cut; 0: off
+    )
+    habit_limit: float = 0.2  # rise of the chance that fresh answers repeat, refuse, flatter, or agree wrongly; 0: off
     ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
     agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
     gate_cosine: float = 0.0  # a new example that pulls against verified replayed ones by more is left out; 0: off

@@ -193,7 +193,7 @@ class Loop:
 
     def _refused_whole(self, update: Update) -> bool:
         """By the gates, and not as a smaller share of a step that was refused before."""
-        if update.adapter_id is None or "scale" in update.metrics:
+        if update.adapter_id is None or update.scale < 1.0:
             return False
         return any(m.after is Stage.REJECTED for _, m in self.store.newest(Move, adapter_id=update.adapter_id))
 
@@ -235,7 +235,7 @@ class Loop:
     def _update(self, adapter: Adapter) -> Update | None:
         """What made it, where a smaller step may still be tried."""
         for _, update in self.store.read(Update, id=adapter.update_id):
-            return update if update.metrics.get("scale", 1.0) > SMALLEST_STEP else None
+            return update if update.scale > SMALLEST_STEP else None
         return None
 
     def _move(self, adapter_id: AdapterId, before: Stage, after: Stage, reason: str) -> Move:

@@ -161,8 +161,8 @@ class Learner(Protocol):
         """A refused update comes back with its reason and no adapter. LearnerError where it broke."""
 
     def shrink(self, update: Update, adapter: Adapter, parent: Adapter, step: int) -> tuple[Update, Adapter]:
-        """Half of the change that ``update`` made of ``parent``, as another child of it. Its record says in
-        ``metrics["scale"]`` what share of the trained change it is. LearnerError."""
+        """Half of the change that ``update`` made of ``parent``, as another child of it. The record's ``scale`` says
+        what share of the trained change it is. LearnerError."""
 
 
 class Scorer(Protocol):

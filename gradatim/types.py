@@ -249,6 +249,7 @@ class Update:
     refused_because: str = ""
     duration_s: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)  # id of an example that was not trained on -> why
+    scale: float = 1.0  # what share of the trained change the adapter is; below 1 where a gate had it made smaller
 
 
 class Stage(StrEnum):

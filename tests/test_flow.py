@@ -65,8 +65,7 @@ class CountingLearner:
 
     def shrink(self, update: Update, whole: Adapter, parent: Adapter, number: int) -> tuple[Update, Adapter]:
         made = adapter(number, parent=parent.step)
-        scale = 0.5 * update.metrics.get("scale", 1.0)
-        return replace(update, id=f"u{number}", adapter_id=made.id, metrics={"scale": scale}), made
+        return replace(update, id=f"u{number}", adapter_id=made.id, scale=0.5 * update.scale), made
 
 
 class NoReplay:

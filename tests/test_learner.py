@@ -168,9 +168,9 @@ def test_the_optimisers_state_goes_on_and_a_damaged_one_starts_afresh(
     _, parent = applied(subject.update([pair()], [], base_adapter(), 1))
     _, child = applied(subject.update([pair(2)], [], parent, 2))
     (tmp_path / parent.path / STATE_FILE).write_bytes(b"junk")
-    with caplog.at_level(logging.ERROR):
-        _, other = applied(subject.update([pair(2)], [], parent, 3))
-    assert "starts afresh" in caplog.text
+    caplog.clear()
+    _, other = applied(subject.update([pair(2)], [], parent, 3))
+    assert [r.levelno for r in caplog.records if "the optimiser starts afresh" in r.message] == [logging.ERROR]
     assert other.sha256 != child.sha256
 
 
@@ -302,7 +302,7 @@ def test_a_parent_whose_optimiser_state_was_tidied_away_is_trained_from_all_the_
         (tmp_path / parent.path / name).unlink()
     update, other = applied(subject.update([pair(2)], [], parent, 3))
     assert update.applied and other.sha256 != child.sha256
-    assert "the optimiser starts afresh: there is no sound state of it beside agent@1" in caplog.text
+    assert "the optimiser starts afresh: there is no state of it beside agent@1" in caplog.text
 
 
 @pytest.mark.parametrize(

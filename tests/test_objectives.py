@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import torch
@@ -96,7 +96,9 @@ def test_every_loss_that_can_be_configured_is_there(kind: str, name: str) -> Non
 
 
 def test_an_unknown_loss_is_refused_with_the_list_of_what_there_is() -> None:
-    with pytest.raises(ConfigError, match=r"learner\.losses\.score.*'sft', 'kto', 'apo_zero' or 'policy_gradient'"):
+    with pytest.raises(
+        ConfigError, match=r"learner\.losses\.score.*'sft', 'kto', 'apo_zero', 'policy_gradient' or 'dr_grpo'"
+    ):
         load(overrides={"learner": {"losses": {"score": "dpo"}}}, env={})
     with pytest.raises(ConfigError, match=r"learner\.losses\.thumb: .*correction, preference, pair, success, score"):
         load(overrides={"learner": {"losses": {"thumb": "kto"}}}, env={})
@@ -188,9 +190,14 @@ def test_kto_judges_against_answers_to_other_prompts() -> None:
     assert value(objectives, bad[0], same, same) == pytest.approx(0.5)
 
 
-def gradient(example: Example, group: list[Example], now: list[Tensor], before: list[Tensor]) -> float:
-    losses = LossConfig(success="policy_gradient", failure="policy_gradient", pair="policy_gradient")
-    objectives = Objectives(replace(CONFIG, losses=losses))
+def gradient(
+    example: Example,
+    group: list[Example],
+    now: list[Tensor],
+    before: list[Tensor],
+    loss: Literal["policy_gradient", "dr_grpo"] = "policy_gradient",
+) -> float:
+    objectives = Objectives(replace(CONFIG, losses=LossConfig(success=loss, failure=loss, pair=loss)))
     objectives.begin([item(e) for e in group], unscored)
     return value(objectives, example, now, before)
 
@@ -208,6 +215,14 @@ def test_a_sampled_answer_is_compared_with_others_to_its_state_then_with_its_ski
     assert gradient(both, [both], [*same, *same], [*same, *same]) == pytest.approx(-2.0)
     failed = replace(both, origin="failure")
     assert gradient(failed, [failed], [*same, *same], [*same, *same]) == pytest.approx(2.0)
+
+
+def test_dr_grpo_counts_an_answer_among_those_it_is_compared_with() -> None:
+    same = [t(-1.0, -1.0)]
+    group = [imitate(1, origin="success", chosen_ids=(5, 6), state="a", skill="x")]
+    group += [avoid(n, rejected_ids=(5, 7), state="a", skill="x") for n in (2, 3)]
+    assert gradient(group[0], group, same, same, "dr_grpo") == pytest.approx(-(1.0 - -1.0 / 3.0))
+    assert gradient(group[0], group, same, same) == pytest.approx(-(1.0 - -1.0))
 
 
 def test_engine_logprobs_weigh_tokens_and_are_left_out_where_they_do_not_fit() -> None:

@@ -36,7 +36,7 @@ def test_the_record_of_a_smaller_step_does_not_say_how_far_the_whole_went(tmp_pa
     subject = learner(tmp_path, kl_fresh_limit=1e9, kl_base_limit=1e9)
     update, made = applied(subject.update(NEW, [], base_adapter(), 1, TRAFFIC))
     half, _ = subject.shrink(update, made, base_adapter(), 2)
-    assert half.metrics["scale"] == 0.5 and not {"kl_fresh", "kl_base"} & half.metrics.keys()
+    assert half.scale == 0.5 and not {"kl_fresh", "kl_base"} & half.metrics.keys()
 
 
 def test_a_change_that_goes_too_far_on_fresh_answers_is_shortened(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import sqlite3
 import struct
 import subprocess
 import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +30,7 @@ from gradatim.store.migrations import scripts
 from gradatim.store.rows import to_row
 from gradatim.store.schema import FLOATS, JSON, JSON_TUPLE, TABLES, TOKENS, metadata
 from gradatim.testing.records import a_move, an_adapter
-from gradatim.types import RECORDS, AdapterId, Example, Feedback, Move, Stage, Step
+from gradatim.types import RECORDS, AdapterId, Example, Feedback, Move, Stage, Step, Update
 from tests.records import example, feedback, step
 from tests.test_store import create_database, postgresql_socket
 
@@ -180,6 +181,30 @@ def test_examples_of_an_older_database_read_as_what_they_were(tmp_path: Path) ->
         hinted = example("y", chosen_ids=(), rejected_ids=(7,), hint_ids=(1, 9, 2), label=0.75, logprobs=(-0.1,))
         store.append(hinted)
         assert [e for _, e in store.read(Example, id="y")] == [hinted]
+
+
+def test_what_updates_kept_of_their_change_was_a_metric_once(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    old = create_engine(f"sqlite:///{path}")
+    found: Mapping[str, Mapping[str, float]] = {"whole": {"kl": 0.1}, "half": {"scale": 0.5}, "odd": {"lr_scale": 2.0}}
+    with old.begin() as connection:
+        opts = {"fn": lambda revision, _: scripts()._upgrade_revs("004_left_out", revision)}
+        context = MigrationContext.configure(connection, opts=opts)
+        with Operations.context(context):
+            context.run_migrations()
+        for position, (name, metrics) in enumerate(found.items(), 1):
+            kept = to_row(
+                Update(id=name, created_at=1.0, applied=True, parent_id=AdapterId("agent@0"), metrics=metrics)
+            )
+            row = {k: v for k, v in kept.items() if k != "scale"} | {"log_position": position}
+            names, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+            connection.execute(text(f"INSERT INTO updates ({names}) VALUES ({values})"), row)
+        connection.execute(text("UPDATE log_end SET log_position = 3"))
+    old.dispose()
+    with open_store(path) as store:
+        records = [update for _, update in store.read(Update)]
+        assert {u.id: u.metrics for u in records} == found
+        assert {u.id: u.scale for u in records} == {"whole": 1.0, "half": 0.5, "odd": 1.0}
 
 
 def test_there_is_one_line_of_migrations() -> None:

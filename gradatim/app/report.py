@@ -138,6 +138,7 @@ def update_row(update: Update) -> Json:
         "n_replayed": len(update.replay_ids),
         "kinds": dict(update.kinds),
         "metrics": dict(update.metrics),
+        "scale": update.scale,
         "refused_because": update.refused_because,
         "left_out": dict(update.left_out),
         "duration_s": update.duration_s,

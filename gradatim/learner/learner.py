@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import re
 import shutil
 import time
 import uuid
@@ -23,14 +24,15 @@ from torch import Tensor
 
 from gradatim.config import LearnerConfig
 from gradatim.errors import GradatimError
-from gradatim.learner import direction, forgetting, lineage
+from gradatim.learner import claims, direction, forgetting, lineage
 from gradatim.learner.adam import FlatAdam
 from gradatim.learner.batch import Item, fit, steps
 from gradatim.learner.forgetting import Elastic
+from gradatim.learner.habits import Phrases
 from gradatim.learner.lineage import Beside
 from gradatim.learner.objectives import Objectives, Scores, is_silent
 from gradatim.learner.region import Region
-from gradatim.learner.run import Run, retention, summary
+from gradatim.learner.run import RefusedError, Run, retention, summary
 from gradatim.learner.trainable import Trainable, trainable
 from gradatim.nn import losses
 from gradatim.nn.base import Base
@@ -44,11 +46,8 @@ log = logging.getLogger(__name__)
 CLIP_NORM = 1.0
 KNOWN = 0.9  # an answer to imitate that the parent gives with this chance is rehearsed, not taught
 BACKTRACKS = 3  # so many steps taken back end an update
+OF_THE_WHOLE = re.compile("_after$|^kl_fresh$|^kl_base$|^habit_")  # figures that do not hold of half a change
 PROBE_EXAMPLES = 8  # new and replayed examples, each, that are scored once more at the end, for the record
-
-
-class _RefusedError(Exception):
-    """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
 
 
 class LoraLearner:
@@ -61,6 +60,7 @@ class LoraLearner:
         self._name = name
         self._trainable: Trainable = trainable(base)
         self._objectives = Objectives(config)  # of the update at hand
+        self._phrases = Phrases.of(base)
         torch.set_num_threads(config.threads)
         for leftover in (data_dir / "adapters").glob(f"{TMP_PREFIX}*"):  # of a process that was killed
             shutil.rmtree(leftover, ignore_errors=True)
@@ -86,13 +86,13 @@ class LoraLearner:
         try:
             if not run.new:
                 reasons = "; ".join(sorted(set(run.left_out.values()))[:3]) or "none was given"
-                raise _RefusedError(f"no usable example: {reasons}")
+                raise RefusedError(f"no usable example: {reasons}")
             weights, beside, extra = self._train(run, parent, step, traffic)
             adapter = self._save(weights, beside, parent, step, update_id)
         except GradatimError:
             raise  # of the parent or the disk: the same examples are worth another try
-        except (_RefusedError, RuntimeError) as e:  # torch's own too, or a batch that breaks it is tried for ever
-            refused = str(e) if isinstance(e, _RefusedError) else f"training broke: {type(e).__name__}: {e}"
+        except (RefusedError, RuntimeError) as e:  # torch's own too, or a batch that breaks it is tried for ever
+            refused = str(e) if isinstance(e, RefusedError) else f"training broke: {type(e).__name__}: {e}"
             log.warning("update %s of %s refused: %s", step, parent.id, refused)
         update = Update(
             id=update_id,
@@ -120,16 +120,15 @@ class LoraLearner:
         folder = self._data_dir / adapter.path
         weights = blend(self._start(parent)[0], read_adapter(folder, adapter.sha256), 0.5)
         made = self._save(weights, lineage.beside(folder), parent, step, update_id)
-        changed = {"scale": 0.5 * update.metrics.get("scale", 1.0)}
-        changed["delta_norm"] = relative_norm(self._base.model, weights)
-        of_the_whole = ("_after", "kl_fresh", "kl_base")
-        kept = {name: value for name, value in update.metrics.items() if not name.endswith(of_the_whole)}
+        changed = {"delta_norm": relative_norm(self._base.model, weights)}
+        kept = {name: value for name, value in update.metrics.items() if not OF_THE_WHOLE.search(name)}
         record = replace(
             update,
             id=update_id,
             created_at=time.time(),
             adapter_id=made.id,
             metrics=kept | changed,
+            scale=0.5 * update.scale,
             duration_s=time.monotonic() - started_s,
         )
         return record, made
@@ -168,18 +167,18 @@ class LoraLearner:
             optimizer = _optimizer(lora, beside.state)
             started_s = time.monotonic()
             first = lora.flat.detach().clone()
-            region = Region(self._trainable, traffic, self._config)
+            region = Region(self._trainable, traffic, self._config, self._phrases)
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._objectives.begin([*run.new, *run.replay], self._trainable.score)
             run.figures |= self._objectives.census(run.new)
             self._walk(run, lora, optimizer, elastic, first, batches, warm_up=not beside.state)
             if too_far := region.hold(run, lora, first):
-                raise _RefusedError(too_far)
+                raise RefusedError(too_far)
             run.train_s = time.monotonic() - started_s
             made = lora.weights()
             if made is None or not lora.flat.isfinite().all():
-                raise _RefusedError("the weights are not finite")
+                raise RefusedError("the weights are not finite")
             size = {"delta_norm": relative_norm(self._base.model, made)}
             fisher = elastic.renewed(run, lora, self._fisher(run, made, step)) if elastic.enabled else {}
             return made, Beside(optimizer.state(), fisher), self._probe(run) | size
@@ -210,8 +209,8 @@ class LoraLearner:
         skipped = {i.example.id for i in (*run.known, *run.silent)}
         taught = [i for i in run.new if i.example.id not in skipped]
         if not taught:
-            raise _RefusedError(_nothing_to_learn(run))
-        taught = self._gate(run, taught)
+            raise RefusedError(_nothing_to_learn(run))
+        taught = claims.admitted(run, taught, self._measure(run), self._config.gate_cosine)
         rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
         random.Random(seed).shuffle(rehearsed)
         return list(steps(taught, rehearsed, self._config, seed))
@@ -220,46 +219,16 @@ class LoraLearner:
         teacher = run.teacher.get(item.example.id)
         return teacher is not None and is_silent(run.reference[item.example.id][-1], teacher)
 
-    def _gate(self, run: Run, new: list[Item]) -> list[Item]:
-        """The new examples that may move the weights; the others leave the update, with a reason."""
-        judged = direction.judge(new, direction.trusted(run.replay), self._measure(run), self._config.gate_cosine)
-        run.figures |= judged.metrics
-        run.left_out |= judged.reasons()
-        for example_id, reason in judged.reasons().items():
-            log.warning("example %s is left out: %s", example_id, reason)
-        allowed = [i for i in new if i.example.id not in judged.against]
-        if not allowed:
-            raise _RefusedError(f"all {len(new)} new examples pull against the trusted ones")
-        run.new = [i for i in run.new if i.example.id not in judged.against]
-        return [i.scaled(judged.scale[i.example.id]) if i.example.id in judged.scale else i for i in allowed]
-
     def _measure(self, run: Run) -> direction.Measure:
-        """Claims and losses at the weights as they are, without a trace in the run's figures."""
+        """Claims and losses at the parent's weights, without a trace in the run's figures."""
         lora = self._trainable.lora
-
-        def claim_gradient(items: Sequence[Item]) -> Tensor:
-            def attempt(pass_tokens: int) -> Tensor:
-                lora.zero_grad()
-                for members in passes([i.answers for i in items], pass_tokens):
-                    some = [items[m] for m in members]
-                    scored = self._trainable.forward([a for i in some for a in i.answers])
-                    total = torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in some])
-                    torch.autograd.backward(total.sum() / len(items))
-                return lora.gradient()
-
-            return self._trainable.budget.fit(attempt)
-
-        def claims(items: Sequence[Item]) -> Tensor:
-            scored = self._trainable.score([a for i in items for a in i.answers])
-            return torch.stack([direction.claim(i, [scored.pop(0).logprobs for _ in i.answers]) for i in items]).cpu()
 
         def loss_gradient(items: Sequence[Item]) -> Tensor:
             lora.zero_grad()
             self._step(Run([], [], reference=run.reference), items, len(items), self._trainable.budget.tokens)
             return lora.gradient()
 
-        step = 0.1 if self._base.dtype == torch.float32 else 0.4
-        return direction.Measure(lora.flat, step, claim_gradient, claims, loss_gradient)
+        return claims.measured(self._trainable, loss_gradient)
 
     def _walk(
         self,
@@ -293,7 +262,7 @@ class LoraLearner:
                 lora.flat.data.copy_(last)
                 run.backtracks += 1
         if torch.equal(lora.flat, first):
-            raise _RefusedError(
+            raise RefusedError(
                 f"every step moved replayed answers by more than {self._config.kl_replay_limit} nats a token"
                 if run.backtracks
                 else "the gradient of all examples together is zero"
@@ -361,7 +330,7 @@ class LoraLearner:
                 if item.replayed and item.chosen is not None:
                     drift.append(losses.kl_forward(mine[0].logprobs.detach(), reference[0]))
             if not total.isfinite():
-                raise _RefusedError("the loss is not finite")
+                raise RefusedError("the loss is not finite")
             (total / of).backward()  # type: ignore[no-untyped-call]
             run.used.update(i.example.id for i in items)
         return drift
@@ -410,7 +379,7 @@ def _optimizer(lora: Lora, state: Mapping[str, Tensor]) -> FlatAdam:
 def _descend(run: Run, lora: Lora, optimizer: FlatAdam, lr: float) -> None:
     norm = float(torch.nn.utils.clip_grad_norm_([lora.flat], CLIP_NORM))
     if not math.isfinite(norm):
-        raise _RefusedError("the gradient is not finite")
+        raise RefusedError("the gradient is not finite")
     optimizer.step(lr)
     run.grad_norms.append(norm)
     run.steps += 1

@@ -17,7 +17,16 @@ from torch import Tensor
 from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, DamagedAdapterError, LearnerError
 from gradatim.nn.base import Base
-from gradatim.nn.lora import LoraWeights, digest, fresh_weights, read_adapter, read_fisher, read_state, write_adapter
+from gradatim.nn.lora import (
+    STATE_FILE,
+    LoraWeights,
+    digest,
+    fresh_weights,
+    read_adapter,
+    read_fisher,
+    read_state,
+    write_adapter,
+)
 from gradatim.types import Adapter, AdapterId
 
 log = logging.getLogger(__name__)
@@ -56,10 +65,9 @@ def start(base: Base, config: LearnerConfig, data_dir: Path, parent: Adapter) ->
     weights = read_sound(parent, data_dir)
     if weights.rank != config.rank:
         log.warning("%s has rank %d, not %d: its children keep it", parent.id, weights.rank, config.rank)
-    kept = beside(folder)
-    if not kept.state:
-        log.warning("the optimiser starts afresh: there is no sound state of it beside %s", parent.id)
-    return weights, kept
+    if not (folder / STATE_FILE).exists():
+        log.warning("the optimiser starts afresh: there is no state of it beside %s", parent.id)
+    return weights, beside(folder)
 
 
 def beside(folder: Path) -> Beside:

@@ -73,7 +73,7 @@ class Objectives:
 
     def __init__(self, config: LearnerConfig) -> None:
         self._kto = Kto(config.beta)
-        self._gradient = PolicyGradient()
+        self._sampled = (PolicyGradient("policy_gradient", losses.rloo), PolicyGradient("dr_grpo", losses.dr_grpo))
         built: Mapping[str, Objective] = {
             "dpo": Pairwise("dpo", _dpo(config), config.nll),
             "robust_dpo": Pairwise("robust_dpo", _robust_dpo(config), config.nll),
@@ -82,7 +82,7 @@ class Objectives:
             "avoid": Avoid(config),
             "apo_zero": ApoZero(config.beta),
             "kto": self._kto,
-            "policy_gradient": self._gradient,
+            **{loss.name: loss for loss in self._sampled},
             "self_distillation": SelfDistillation(config.hint),
         }
         self._names: Mapping[str, str] = asdict(config.losses)
@@ -108,7 +108,8 @@ class Objectives:
     def begin(self, items: Sequence[Item], score: Score) -> None:
         """Before the first gradient step, under the parent's weights: whatever compares the examples of an update."""
         self._kto.begin([i for i in items if self.of(i) is self._kto], score)
-        self._gradient.begin([i for i in items if self.of(i) is self._gradient])
+        for loss in self._sampled:
+            loss.begin([i for i in items if self.of(i) is loss])
 
     def begin_step(self, score: Score) -> None:
         """Before each gradient step."""
@@ -268,10 +269,12 @@ def _totals(scored: Sequence[Scored]) -> Tensor:
 
 
 class PolicyGradient:
-    """A sampled answer with the reward 1 or -1, less that of the other answers to its state, or where there is none,
-    of the other examples of its skill."""
+    """A sampled answer with the reward 1 or -1, compared with the other answers to its state, or where there is none,
+    with the other examples of its skill. ``advantages``: of the rewards (G,) of a group, (G,)."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, advantages: Callable[[Tensor], Tensor]) -> None:
+        self.name = name
+        self._advantages = advantages
         self._advantage: dict[str, float] = {}
         self._mean_length = 1.0  # of all answers: one constant, so that no length is favoured
 
@@ -283,7 +286,7 @@ class PolicyGradient:
             compared += [-reward] if item.example.kind == "pair" else []
             compared = compared or [_reward(o) for o in others if o.example.skill == item.example.skill]
             group = torch.tensor([reward, *compared])
-            self._advantage[item.example.id] = float(losses.rloo(group)[0]) if compared else reward
+            self._advantage[item.example.id] = float(self._advantages(group)[0]) if compared else reward
         self._mean_length = sum(len(_sampled(i).completion_ids) for i in items) / max(1, len(items))
 
     def __call__(self, scores: Scores, note: Note) -> Tensor:
@@ -292,7 +295,7 @@ class PolicyGradient:
         now, old = scores.now[which], scores.before[which]
         advantages = torch.full_like(now, self._advantage[item.example.id])
         loss = losses.policy_gradient(now, old, advantages, _importance(item, old)) / self._mean_length
-        note("loss_policy_gradient", loss)
+        note(f"loss_{self.name}", loss)
         return loss
 
 

@@ -8,7 +8,7 @@ arXiv:2509.04259), so there are two budgets, both in nats a token:
 
 The answers were drawn from the live adapter, or from one that was live shortly before it, and the candidate is a small
 step from it, so each mean is over nearly the right distribution; over some dozens of tokens it is good to a tenth of a
-nat or so. It knows no losses and no store.
+nat or so. The same answers tell whether bad habits spread (``habits``). It knows no losses and no store.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gradatim.config import LearnerConfig
 from gradatim.learner.batch import cut
+from gradatim.learner.habits import Habits, Phrases
 from gradatim.learner.run import Run
 from gradatim.learner.trainable import Trainable
 from gradatim.nn.lora import Lora
@@ -33,7 +34,7 @@ SHARES = (1.0, 0.5, 0.25)  # of an update's change that are tried: less of it is
 class Region:
     """Made while the parent is on the model; ``hold`` afterwards. With too few answers it holds nothing."""
 
-    def __init__(self, model: Trainable, traffic: Sequence[Step], config: LearnerConfig) -> None:
+    def __init__(self, model: Trainable, traffic: Sequence[Step], config: LearnerConfig, phrases: Phrases) -> None:
         self._model = model
         self._config = config
         usable = [step for step in traffic if _usable(step, model.vocabulary, config)]
@@ -42,31 +43,39 @@ class Region:
         cuts = [cut(step.prompt_ids, len(step.completion_ids), config.max_length) for step in usable]
         self._answers = [Answer(prompt, step.completion_ids) for prompt, step in zip(cuts, usable, strict=True)]
         self._live = self._logprobs()  # (T,) of all tokens of all answers
+        self._habits = Habits(model, self._answers, phrases, config)
 
     def _logprobs(self) -> Tensor:
         return torch.cat([s.logprobs for s in self._model.score(self._answers)]) if self._answers else torch.empty(0)
 
     def hold(self, run: Run, lora: Lora, start: Tensor) -> str:
-        """Shorten the change from ``start`` (P,) to ``lora.flat`` until it is within both budgets; the reason for a
-        refusal where no share of it is, else empty."""
+        """Shorten the change from ``start`` (P,) to ``lora.flat`` until it is within both budgets and spoils no habit;
+        the reason for a refusal where no share of it is, else empty."""
         if not self._answers:
             return ""
         end = lora.flat.detach().clone()
         with lora.disabled():
             frozen = self._logprobs()
+        why = ""
         for share in SHARES:
             lora.flat.data.copy_(torch.lerp(start, end, share))
             now = self._logprobs()
             drift, life = float((self._live - now).mean()), float((now - frozen).mean())
             run.figures |= {"kl_fresh": drift, "kl_base": life, "fresh_share": share}
-            if drift <= self._config.kl_fresh_limit and life <= self._config.kl_base_limit:
-                return ""
-        if drift > self._config.kl_fresh_limit:
+            why = self._over_budget(drift, life) or self._habits.spoiled(run)
+            if not why:
+                break
+        return why
+
+    def _over_budget(self, drift: float, life: float) -> str:
+        if not drift <= self._config.kl_fresh_limit:
             return f"a quarter of the change still moves fresh answers by {drift:.2f} nats a token"
-        return (
-            f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers, and its budget is "
-            f"{self._config.kl_base_limit} (learner.kl_base_limit): go back to an earlier one, or raise it"
-        )
+        if not life <= self._config.kl_base_limit:
+            return (
+                f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers, and its budget "
+                f"is {self._config.kl_base_limit} (learner.kl_base_limit): go back to an earlier one, or raise it"
+            )
+        return ""
 
 
 def _usable(step: Step, vocabulary: int, config: LearnerConfig) -> bool:

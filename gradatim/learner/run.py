@@ -17,6 +17,10 @@ from torch import Tensor
 from gradatim.learner.batch import Item
 
 
+class RefusedError(Exception):
+    """The update cannot be made from these examples, or went wrong in a way that must not be kept."""
+
+
 @dataclass(slots=True)
 class Run:
     """An update so far."""

@@ -75,14 +75,19 @@ class Trainable:
 
     def score(self, answers: Sequence[Answer]) -> list[Scored]:
         """Of any number of answers, without gradients."""
-        with torch.no_grad():
-            return self._score_budget.fit(lambda tokens: self._score(answers, tokens))
+        return [group[0] for group in self.score_groups([[a] for a in answers])]
 
-    def _score(self, answers: Sequence[Answer], pass_tokens: int) -> list[Scored]:
-        out: dict[int, Scored] = {}
-        for members in passes([[a] for a in answers], pass_tokens):
-            out |= zip(members, self.forward([answers[i] for i in members]), strict=True)
-        return [out[i] for i in range(len(answers))]
+    def score_groups(self, groups: Sequence[Sequence[Answer]]) -> list[list[Scored]]:
+        """The same of groups of answers, none empty, that share so much that each is better kept in one pass."""
+        with torch.no_grad():
+            return self._score_budget.fit(lambda tokens: self._score(groups, tokens))
+
+    def _score(self, groups: Sequence[Sequence[Answer]], pass_tokens: int) -> list[list[Scored]]:
+        out: dict[int, list[Scored]] = {}
+        for members in passes(groups, pass_tokens):
+            scored = self.forward([a for i in members for a in groups[i]])
+            out |= {i: [scored.pop(0) for _ in groups[i]] for i in members}
+        return [out[i] for i in range(len(groups))]
 
 
 def _own_layers(model: Any, lora: Lora) -> LlamaPass | None:

@@ -154,6 +154,7 @@ def _use(update: Update, ids: set[str]) -> Json:
         "n_examples": len(update.example_ids),
         "refused_because": update.refused_because,
         "metrics": plain(update.metrics),
+        "scale": update.scale,
     }
 
 

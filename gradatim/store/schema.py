@@ -223,6 +223,7 @@ updates = _log(
     _free_text("refused_because"),
     _float("duration_s"),
     Column("left_out", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
+    Column("scale", Double, nullable=False, server_default=text("1.0")),
     by=("id", "parent_id", "adapter_id"),
 )
 

@@ -120,11 +120,11 @@ def check_half_a_step_is_another_child_of_the_same_parent(factory: Factory, fold
     record, half = learner.shrink(update, whole, parent, 3)
     assert record.applied and record.adapter_id == half.id and half.update_id == record.id != update.id
     assert half.parent_id == parent.id and half.step == 3 and half.sha256 not in (whole.sha256, parent.sha256)
-    assert record.metrics["scale"] == 0.5 and record.example_ids == update.example_ids
+    assert record.scale == 0.5 and record.example_ids == update.example_ids
     before, between, after = (scorer.score(a, _examples(2)[:2]) for a in (parent, half, whole))
     assert all(b.logprob < m.logprob < a.logprob for b, m, a in zip(before, between, after, strict=True))
     again, _ = learner.shrink(record, half, parent, 4)
-    assert again.metrics["scale"] == 0.25
+    assert again.scale == 0.25
 
 
 LEARNER_CHECKS: Sequence[Check] = (

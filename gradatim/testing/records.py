@@ -158,6 +158,7 @@ def one_of_each() -> Sequence[Record]:
             kinds={"correction": 1},
             metrics={"loss": 0.1, "kl": 1e-9},
             duration_s=0.5,
+            scale=0.25,
         ),
         Update(id="u2", created_at=6.5, applied=False, parent_id=AdapterId("agent@0"), refused_because=ODD),
         an_adapter(1),
