@@ -53,6 +53,12 @@ class RewardConfig:
     )
     abstain_band: float = 0.2  # a mean opinion closer to 0 than this is no opinion
     min_weight: float = 0.25  # less evidence than this abstains
+    model: Literal["auto", "weighted", "calibrated"] = "auto"  # auto: calibrated once there are min_labels
+    audited: tuple[str, ...] = ("human:audit*",)  # sources whose outcomes are taken for the truth; name no other
+    min_labels: int = 100  # audited episodes, of both kinds, that other sources judged too
+    risk: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # share of the calibrated model's rewards that may be wrong,
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # and how sure of that it must be
+    source_cap: int = 200  # opinions of one rater, the newest, that reliabilities are learned from
 
 
 _OverAnswer = Literal["dpo", "robust_dpo", "ipo", "kto", "apo_zero", "sft"]
@@ -195,7 +201,7 @@ _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {
     "high": {
         "gate": {"margin": 0.02, "alpha": 0.10},
         "learner": {"lr": 1e-4, "kl_replay_limit": 0.5, "kl_fresh_limit": 0.2},
-        "reward": {"abstain_band": 0.4},
+        "reward": {"abstain_band": 0.4, "risk": 0.05},
     },
 }
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from math import fsum
 
 from gradatim.config import RewardConfig
 from gradatim.types import Feedback
@@ -15,7 +16,20 @@ def weight(feedback: Feedback, config: RewardConfig) -> float:
 
 
 def weigh(opinions: Iterable[Feedback], config: RewardConfig) -> tuple[float | None, float]:
-    """(mean in [-1, 1] or None, total weight) of the opinions with a value; unknown is not rounded to anything."""
-    rated = [(f.value, weight(f, config)) for f in opinions if f.value is not None]
-    total = sum(w for _, w in rated)
-    return (sum(v * w for v, w in rated) / total if total else None), total
+    """(mean in [-1, 1] or None, total weight) of the opinions with a value; unknown is not rounded to anything.
+
+    What a source says of one thing again and again counts as much as its surest word on it, with the mean of its
+    values: a flood weighs no more than one opinion. The order makes no difference.
+    """
+    said: dict[tuple[str, str, str | None], list[tuple[float, float]]] = {}
+    for f in opinions:
+        if f.value is not None:
+            said.setdefault((f.source, f.kind, f.step_id), []).append((f.value, weight(f, config)))
+    once = [(_mean(values), max(w for _, w in values)) for values in said.values()]
+    total = fsum(w for _, w in once)
+    return (fsum(v * w for v, w in once) / total if total else None), total
+
+
+def _mean(values: Sequence[tuple[float, float]]) -> float:
+    total = fsum(w for _, w in values)
+    return fsum(v * w for v, w in values) / total if total else 0.0

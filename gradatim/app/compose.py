@@ -108,7 +108,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.loop import Loop
     from gradatim.nn.render import Renderer
     from gradatim.release.gates import ReplayGate, StaticGate
-    from gradatim.reward import WeightedReward
+    from gradatim.reward import AuditedReward
     from gradatim.skills import PromptSkills
 
     scorer = TorchScorer(base, config.learner, config.data_dir)
@@ -117,7 +117,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     return Loop(
         name=config.name,
         store=store,
-        reward_model=WeightedReward(config.reward),
+        reward_model=AuditedReward(store, config.reward),
         credit=OutcomeCredit(config.reward),
         examples=ExampleBuilder(
             store,

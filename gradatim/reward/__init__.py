@@ -1,0 +1,10 @@
+"""Many opinions on an episode -> one reward, or an abstention.
+
+``WeightedReward`` is a transparent rule for the start; ``AuditedReward`` uses it until audited labels are enough to
+learn the sources' reliabilities from, and to say how often it is wrong.
+"""
+
+from gradatim.reward.audited import FITTED, AuditedReward
+from gradatim.reward.weighted import WeightedReward
+
+__all__ = ["FITTED", "AuditedReward", "WeightedReward"]

@@ -1,0 +1,154 @@
+"""The reward that audited labels anchor: the weighted rule until there are enough of them, then a calibrated model.
+
+An episode with an audited label has that for its reward. Of the others, the model judges those of which it is sure
+enough for the stated risk, and abstains on the rest. Its state is a function of the records up to the cursor
+``reward.fitted``: whoever reads the same log up to there has the same model, so a kill loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gradatim.config import RewardConfig
+from gradatim.protocols import Store
+from gradatim.reward.abstain import FAULT_VALUE, fault
+from gradatim.reward.calibrate import Calibrated, calibrate, is_enough
+from gradatim.reward.evidence import Judged, evidence
+from gradatim.reward.ledger import MODEL, Ledger
+from gradatim.reward.weighted import WeightedReward
+from gradatim.types import Case, Reward
+
+log = logging.getLogger(__name__)
+
+FITTED = "reward.fitted"  # cursor: the model is the one fitted to the records up to here
+_MORE_LABELS = 1.1  # refitted when the labels are this many times as many as last time,
+_MORE_EPISODES = 1.5  # or the episodes
+_AUDITED_SURE = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    model: Calibrated
+    labels: int
+    episodes: int
+    alarms: int
+
+
+class AuditedReward:
+    """``protocols.RewardModel``. With ``reward.model = "weighted"`` it never becomes calibrated, with ``"calibrated"``
+    it abstains until it can be. ``read_only``: follow the cursor that another process moves."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: RewardConfig,
+        *,
+        clock: Callable[[], float] = time.time,
+        read_only: bool = False,
+    ) -> None:
+        self._store, self._config, self._clock, self._read_only = store, config, clock, read_only
+        self._weighted = WeightedReward(config, clock=clock)
+        self._ledger = Ledger(store, config)
+        self._fit: _Fit | None = None
+        self._fitted_at = 0
+
+    # ------------------------------------------------------------------------------------------ judging
+
+    def score(self, case: Case) -> Reward:
+        self.follow(case.position)
+        row = evidence(case.episode.id, case.episode.steps, case.feedback, self._config.audited)
+        value, sure, reason = self._judge(case, row)
+        return Reward(
+            episode_id=case.episode.id,
+            created_at=self._clock(),
+            value=value,
+            confidence=sure,
+            reason=reason,
+            feedback_ids=tuple(f.id for f in case.feedback),
+            position=case.position,
+        )
+
+    def _judge(self, case: Case, row: Judged) -> tuple[float | None, float, str]:
+        if row.label is not None:
+            return 2.0 * row.label - 1.0, _AUDITED_SURE, f"audited: {'good' if row.label else 'bad'}"
+        weighted = self._weighted.score(case)
+        if not row.opinions or not self.is_calibrated:
+            return weighted.value, weighted.confidence, weighted.reason
+        if self._fit is None or self._fit.model.threshold.value is None:
+            return self._unjudged(case, f"too few audited labels ({self._ledger.labels}) to keep the risk")
+        good, sure = (float(x[0]) for x in self._fit.model.judge([row]))
+        least = self._fit.model.threshold.value
+        if sure == 0.0:
+            return self._unjudged(case, "no audited episode had just these kinds of sources")
+        if sure < least:
+            return self._unjudged(case, f"not sure enough (P(good) {good:.2f}; acts from {least:.2f})")
+        said = f"{MODEL} {good:.2f}, by {len(row.opinions)} sources and {self._fit.model.labels} audited labels"
+        return 2.0 * good - 1.0, sure, said
+
+    def _unjudged(self, case: Case, why: str) -> tuple[float | None, float, str]:
+        """An abstention, unless the agent made it one."""
+        if blame := fault(case.episode):
+            return FAULT_VALUE, 0.0, f"unjudgeable by its own doing: {blame}"
+        return None, 0.0, f"abstained: {why}"
+
+    # ------------------------------------------------------------------------------------------ fitting
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Or whether the weighted rule still speaks."""
+        if self._config.model == "auto":
+            return self._fit is not None
+        return self._config.model == "calibrated"
+
+    def follow(self, position: int) -> None:
+        """Take in the records up to a position; fit to them where there is enough that is new."""
+        if self._config.model == "weighted" or not self._config.audited:
+            return
+        self._take_up()
+        self._ledger.advance(position)
+        if self._read_only or not self._is_due():
+            return
+        if self._fit is None and not is_enough(self._ledger.rows(), self._config):
+            return
+        self._refit()
+        self._fitted_at = self._ledger.cursor
+        self._store.append(cursors={FITTED: self._fitted_at})
+
+    def _take_up(self) -> None:
+        """The fit that the cursor names, as another process made it, or this one before it was killed."""
+        at = self._store.cursor(FITTED) if self._read_only or self._ledger.cursor == 0 else self._fitted_at
+        if at == self._fitted_at:
+            return
+        if self._ledger.cursor > at:
+            self._ledger = Ledger(self._store, self._config)
+        self._ledger.advance(at)
+        self._refit()
+        self._fitted_at = at
+
+    def _is_due(self) -> bool:
+        ledger, fit = self._ledger, self._fit
+        if fit is None:
+            return ledger.labels >= self._config.min_labels
+        if ledger.alarms != fit.alarms:
+            return True
+        more = max(fit.labels + 5, fit.labels * _MORE_LABELS)
+        return ledger.labels >= more or ledger.episodes >= max(fit.episodes + 50, fit.episodes * _MORE_EPISODES)
+
+    def _refit(self) -> None:
+        model = calibrate(self._ledger.rows(), self._config, stale=self._ledger.stale())
+        if self._fit is not None and self._ledger.alarms != self._fit.alarms:
+            log.warning("rewards no longer kept the stated risk of %.0f %%: refitted", 100 * self._config.risk)
+        self._fit = _Fit(model, self._ledger.labels, self._ledger.episodes, self._ledger.alarms)
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    @property
+    def model(self) -> Calibrated | None:
+        return self._fit.model if self._fit else None
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
