@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -166,6 +166,7 @@ class ReplayGate:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
             for reference in {live.id, anchor.id}:
                 label = "live" if reference == live.id else "anchor"
+                config = self._config if label == "live" else replace(self._config, margin=self._config.anchor_margin)
                 for skill, rows in _by_skill(cases).items():
                     pairs = Pairs.of(
                         [cases[i] for i in rows],
@@ -173,7 +174,7 @@ class ReplayGate:
                         [scores[reference][i] for i in rows],
                     )
                     evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
-                    found, problem = harm(pairs, self._config)
+                    found, problem = harm(pairs, config)
                     decision = max(decision, found, key=_GRAVITY.index)
                     if problem:
                         reasons.append(f"{skill} against {label}: {problem}")
