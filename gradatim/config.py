@@ -176,7 +176,7 @@ class Config:
         ""  # postgresql://..., one server a database; GRADATIM_DATABASE overrides; empty: SQLite in data_dir
     )
     caution: Caution = "normal"
-    learn: bool = True  # false: serve and record only
+    mode: Literal["observe", "propose", "auto"] = "auto"  # observe: serve and record; propose: a person promotes
     server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -184,6 +184,11 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
+
+    @property
+    def learn(self) -> bool:
+        return self.mode != "observe"
+
     loop: LoopConfig = field(default_factory=LoopConfig)
 
 

@@ -18,6 +18,7 @@ from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.errors import DamagedAdapterError, StoreError
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
 from gradatim.types import (
+    APPROVAL,
     ON_THE_WAY,
     Adapter,
     AdapterId,
@@ -316,6 +317,11 @@ class Loop:
         return at
 
     def _anchor(self) -> Adapter:
+        """The last adapter that a person approved and that was not taken back since, or the base."""
+        out = self.store.stages(self.name, Stage.ROLLED_BACK, Stage.REJECTED)
+        for _, approval in self.store.newest(Verdict, gate=APPROVAL, limit=100):
+            if approval.adapter_id.rpartition("@")[0] == self.name and approval.adapter_id not in out:
+                return self._adapter(approval.adapter_id)
         return self._adapter(AdapterId(f"{self.name}@0"))
 
     def _on_the_way(self) -> tuple[Adapter, Stage] | None:

@@ -300,6 +300,9 @@ class Decision(StrEnum):
     WAIT = "wait"  # not enough evidence yet: it stays where it is
 
 
+APPROVAL = "approval"  # as a verdict's gate: a person made it the anchor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """A gate's answer, with the numbers that led to it."""

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gradatim.config import Config
+from gradatim.errors import TransitionError
 from gradatim.learner.replay import StoreReplay
-from gradatim.loop import WATCH, Loop
+from gradatim.loop import JUDGED, WATCH, Loop
 from gradatim.protocols import Store
 from gradatim.release.canary import CanaryGate
+from gradatim.release.gates import PersonGate
+from gradatim.release.traffic import approve, promote, reject, rollback
 from gradatim.release.watch import WatchGate
 from gradatim.store import open_store
-from gradatim.types import AdapterId, Decision, Example, Move, Stage, Verdict
+from gradatim.types import AdapterId, Decision, Example, Move, Record, Stage, Verdict
 
 from .records import adapter
 from .test_canary import BEGAN, QUICK, episodes
@@ -40,6 +43,11 @@ def store(tmp_path: Path) -> Iterator[Store]:
         yield opened
 
 
+def happened(store: Store, records: Sequence[Record]) -> None:
+    """Episodes that the loop does not learn from, as judging hundreds of them takes long."""
+    store.append(cursors={JUDGED: store.append(*records)})
+
+
 def released(store: Store) -> tuple[Loop, CountingLearner, Clock]:
     """A loop with canary and watch, agent@1 live, and agent@2 in canary."""
     loop, learner = loop_on(store)
@@ -54,12 +62,11 @@ def released(store: Store) -> tuple[Loop, CountingLearner, Clock]:
         Stage.CANARY: [CanaryGate(store, CONFIG, clock=clock)],
         Stage.LIVE: [WatchGate(store, CONFIG, clock=clock)],
     }
-    store.append(*episodes(200, lambda _: 0.9, share=0.0, start=BEGAN - 400, label="past"))
+    happened(store, episodes(200, lambda _: 0.9, share=0.0, start=BEGAN - 400, label="past"))
+    good_episode(store, "second")
     clock.now = BEGAN
-    for _ in range(200):
-        loop.turn()
-        if store.stages("agent").get(NEW) is Stage.CANARY:
-            break
+    loop.turn()
+    loop.turn()
     assert store.stages("agent", Stage.CANARY) == {NEW: Stage.CANARY}
     loop.turn()
     return loop, learner, clock
@@ -69,7 +76,7 @@ def test_a_good_one_goes_through_the_canary_and_its_share_is_on_record(store: St
     loop, _, clock = released(store)
     shares = [v.evidence["share"] for _, v in store.read(Verdict, adapter_id=NEW, gate="canary")]
     assert shares == [0.5]
-    store.append(*episodes(400, lambda new: 0.95 if new else 0.6))
+    happened(store, episodes(400, lambda new: 0.95 if new else 0.6))
     clock.now = BEGAN + 1000
     loop.turn()
     assert store.stages("agent", Stage.LIVE) == {NEW: Stage.LIVE}
@@ -79,12 +86,12 @@ def test_a_good_one_goes_through_the_canary_and_its_share_is_on_record(store: St
 def test_a_bad_one_is_stopped_in_canary_and_its_examples_get_no_second_chance(store: Store) -> None:
     loop, learner, clock = released(store)
     taught = learner.calls[-1][0]
-    store.append(*episodes(400, lambda new: 0.2 if new else 0.9))
+    happened(store, episodes(400, lambda new: 0.2 if new else 0.9))
     clock.now = BEGAN + 1000
     loop.turn()
     assert store.stages("agent")[NEW] is Stage.ROLLED_BACK
     assert store.stages("agent", Stage.LIVE) == {AdapterId("agent@1"): Stage.LIVE}
-    clock.now += 1000
+    good_episode(store, "third")
     run(loop)
     assert len(learner.calls) > 2
     assert not set(taught) & {i for ids, *_ in learner.calls[2:] for i in ids}
@@ -102,12 +109,12 @@ def test_a_bad_one_that_got_live_is_rolled_back_quarantined_and_followed_by_a_pa
     loop.gates = {**loop.gates, Stage.CANARY: [FixedGate(Decision.PASS)]}
     loop.turn()
     assert store.stages("agent", Stage.LIVE) == {NEW: Stage.LIVE}
-    store.append(*episodes(60, lambda _: 0.2, share=0.95, label="w"))
+    happened(store, episodes(60, lambda _: 0.2, share=0.95, label="w"))
     clock.now = BEGAN + 100
     calls = len(learner.calls)
     loop.turn()  # an alarm: nothing is learned, and the router is told to even the shares out
     assert store.newest(Verdict, adapter_id=NEW, gate="watch")[0][1].evidence["share"] == 0.5
-    store.append(*episodes(300, lambda new: 0.2 if new else 0.9, start=BEGAN + 100, label="x"))
+    happened(store, episodes(300, lambda new: 0.2 if new else 0.9, start=BEGAN + 100, label="x"))
     clock.now = BEGAN + 600
     loop.turn()
     assert store.stages("agent", Stage.LIVE) == {AdapterId("agent@1"): Stage.LIVE}
@@ -115,6 +122,7 @@ def test_a_bad_one_that_got_live_is_rolled_back_quarantined_and_followed_by_a_pa
     assert {m.actor for m in moves.values()} == {WATCH}
     assert moves[NEW].after is Stage.ROLLED_BACK
     assert len(learner.calls) == calls
+    good_episode(store, "third")
     run(loop)
     assert len(learner.calls) == calls  # it cools down
     quarantined = set(learner.calls[-1][0])
@@ -127,11 +135,48 @@ def test_a_bad_one_that_got_live_is_rolled_back_quarantined_and_followed_by_a_pa
     assert {e.id for _, e in store.read(Example)} >= quarantined  # kept, and back with the adapter
 
 
+def test_a_person_moves_the_anchor_and_a_rollback_moves_it_back(store: Store) -> None:
+    loop, _, _ = released(store)
+    one = AdapterId("agent@1")
+    assert loop._anchor().id == "agent@0"
+    with pytest.raises(TransitionError, match="only one that is or was live"):
+        approve(store, "agent", NEW, actor="person")
+    approve(store, "agent", one, actor="person", reason="reviewed")
+    assert loop._anchor().id == one
+    rollback(store, "agent", actor="person")
+    assert loop._anchor().id == "agent@0"
+
+
+def test_what_is_proposed_waits_for_a_person_and_a_stale_one_gives_way(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.path = {Stage.CANDIDATE: Stage.SHADOW}
+    loop.gates = {**loop.gates, Stage.SHADOW: [PersonGate()]}
+    good_episode(store, "first")
+    run(loop)
+    one = AdapterId("agent@1")
+    assert store.stages("agent")[one] is Stage.SHADOW
+    promote(store, "agent", one, actor="person")
+    good_episode(store, "second")
+    run(loop)
+    assert store.stages("agent")[NEW] is Stage.SHADOW
+    rollback(store, "agent", actor="person")  # its parent
+    loop.turn()
+    assert store.stages("agent")[NEW] is Stage.REJECTED
+    good_episode(store, "third")
+    run(loop)
+    three = AdapterId("agent@3")
+    reject(store, "agent", three, actor="person", reason="no")
+    assert store.stages("agent")[three] is Stage.REJECTED
+    with pytest.raises(TransitionError, match="not on its way up"):
+        reject(store, "agent", three, actor="person")
+    assert len(learner.calls) == 3
+
+
 def test_garbage_is_rolled_back_at_once(store: Store) -> None:
     loop, _, clock = released(store)
     loop.gates = {**loop.gates, Stage.CANARY: [FixedGate(Decision.PASS)]}
     loop.turn()
-    store.append(*episodes(50, lambda _: 0.9, share=0.95, sources=(), text="", label="w"))
+    happened(store, episodes(50, lambda _: 0.9, share=0.95, sources=(), text="", label="w"))
     loop.turn()
     assert store.stages("agent")[NEW] is Stage.ROLLED_BACK
     assert "broken" in store.newest(Move, adapter_id=NEW)[0][1].reason

@@ -90,7 +90,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.loop import Loop
     from gradatim.nn.render import Renderer
     from gradatim.release.canary import CanaryGate
-    from gradatim.release.gates import ReplayGate, StaticGate
+    from gradatim.release.gates import PersonGate, ReplayGate, StaticGate
     from gradatim.release.watch import WatchGate
     from gradatim.reward import WeightedReward
     from gradatim.skills import PromptSkills
@@ -105,6 +105,10 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     if config.release.canary:
         gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
         path = {Stage.CANDIDATE: Stage.CANARY, Stage.CANARY: Stage.LIVE}
+    if config.mode == "propose":
+        last = Stage.CANARY if config.release.canary else Stage.SHADOW
+        gates[last] = (*gates.get(last, ()), PersonGate())
+        path[Stage.CANDIDATE] = last
     return Loop(
         name=config.name,
         store=store,

@@ -72,6 +72,28 @@ class StaticGate:
         return ""
 
 
+class PersonGate:
+    """Waits until a person promotes or rejects it: the last gate where the loop only proposes."""
+
+    name = "person"
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        stale = candidate.parent_id != live.id
+        return Verdict(
+            adapter_id=candidate.id,
+            created_at=self._clock(),
+            gate=self.name,
+            decision=Decision.FAIL if stale else Decision.WAIT,
+            against=(live.id,),
+            reason=f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+            if stale
+            else f"it passed; `gradatim adapters promote {candidate.id}` puts it live",
+        )
+
+
 DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
 
 

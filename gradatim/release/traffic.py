@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from gradatim.config import Config, ReleaseConfig, TrafficConfig
 from gradatim.errors import GradatimError, TransitionError, UnknownAdapterError
 from gradatim.protocols import Engine, Store
-from gradatim.types import Adapter, AdapterId, EpisodeId, Move, Route, Stage, Verdict
+from gradatim.types import APPROVAL, ON_THE_WAY, Adapter, AdapterId, Decision, EpisodeId, Move, Route, Stage, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -194,6 +194,44 @@ def promote(store: Store, name: str, to: AdapterId, *, actor: str, reason: str =
     stages = store.stages(name)
     _swap(store, stages, _live(stages, name), to, Stage.RETIRED, actor, reason or "promoted by hand")
     return to
+
+
+def approve(store: Store, name: str, adapter_id: AdapterId, *, actor: str, reason: str = "") -> AdapterId:
+    """Make an adapter the anchor: candidates are compared with it as well as with the live one, and may lose only so
+    much against it, however many there are. TransitionError for one that was never live."""
+    stage = store.stages(name).get(adapter_id)
+    if stage is None:
+        raise UnknownAdapterError(f"no adapter {adapter_id}: see `gradatim adapters list`")
+    if stage not in (Stage.LIVE, Stage.RETIRED):
+        raise TransitionError(f"{adapter_id} is {stage.value}: only one that is or was live can be approved")
+    store.append(
+        Verdict(
+            adapter_id=adapter_id,
+            created_at=time.time(),
+            gate=APPROVAL,
+            decision=Decision.PASS,
+            reason=f"{actor}: {reason or 'approved'}",
+        )
+    )
+    return adapter_id
+
+
+def reject(store: Store, name: str, adapter_id: AdapterId, *, actor: str, reason: str = "") -> None:
+    """Take an adapter that is on its way up off it. TransitionError for any other."""
+    stage = store.stages(name, *ON_THE_WAY).get(adapter_id)
+    if stage is None:
+        raise TransitionError(f"{adapter_id} is not on its way up; a live one is taken off by a rollback")
+    why = reason or "rejected by hand"
+    store.move(
+        Move(
+            adapter_id=adapter_id,
+            created_at=time.time(),
+            before=stage,
+            after=Stage.REJECTED,
+            actor=actor,
+            reason=why,
+        )
+    )
 
 
 def _live(stages: Mapping[AdapterId, Stage], name: str) -> AdapterId:
