@@ -20,6 +20,7 @@ from gradatim.errors import ConfigError
 
 _STRICT = ConfigDict(extra="forbid")
 Caution = Literal["low", "normal", "high"]
+_Share = Annotated[float, Field(ge=0.0, le=0.5)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,7 @@ class GateConfig:
     __pydantic_config__ = _STRICT
     max_cases: int = 96  # retained examples replayed, newest first within each skill
     margin: float = 0.05  # share of a skill's retained answers that may be lost
+    anchor_margin: float = 0.03  # the same against the anchor, over all updates since it was set
     alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
     repair: float = 3.0  # harm of up to this many margins has the step halved, twice at most; beyond, it is refused
     max_delta_norm: float = 0.2  # largest ||delta W|| / ||W|| of any layer
@@ -127,9 +129,44 @@ class GateConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficConfig:
     __pydantic_config__ = _STRICT
-    canary_share: float = 0.0  # of new episodes, where an adapter is in canary
-    holdback_share: float = 0.0  # of new episodes that stay on the last adapter before the live one
     refresh_s: float = 0.05  # how often the server looks for a changed stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseConfig:
+    """From a candidate that passed the offline gates to one that every user gets, and what is watched afterwards."""
+
+    __pydantic_config__ = _STRICT
+    canary: bool = False  # a candidate answers a share of the traffic before it goes live, and is watched after
+    ramp: tuple[_Share, ...] = (0.01, 0.05, 0.10, 0.50)  # shares of new episodes, in the order of their use
+    ramp_episodes: int = 20  # of the canary, seen without an alarm, before the next share
+    ramp_s: float = 3600.0  # and this long
+    holdback: _Share | None = None  # of new episodes that stay on the last good adapter; none: 0.05 with canary, else 0
+    window_s: float = 86_400.0  # feedback on an episode counts until this long after its first answer
+    trusted: tuple[str, ...] = ("critic",)  # families of sources that are programs; the others are people or judges
+    user_cap: int = 5  # rated episodes of one user that count in one trial; 0: all. Unnamed users are not capped
+    margin: float = 0.03  # of a mean reward in [0, 1] that may be lost; 0: a candidate must be better
+    alpha: float = 0.025  # chance of promoting one that loses the margin
+    alpha_worse: float = 0.10  # chance of taking back one that is not worse
+    alpha_guard: float = 0.01  # the same by errors, empty and broken answers, length and latency, all together
+    alpha_ratio: float = 0.001  # chance of a false alarm of each test of the coin
+    min_episodes: int = 200  # rated episodes of the canary before it may be promoted on their evidence
+    min_users: int = 30  # of them, or as many as there were before
+    min_s: float = 86_400.0
+    horizon_s: float = 7 * 86_400.0  # an undecided canary ends after this,
+    horizon_episodes: int = 20_000  # or after so many episodes
+    decidable: int = 8000  # rated episodes to be expected within the horizon; with fewer, the offline pairs decide
+    guard_episodes: int = 30  # of a canary that only guards, past their feedback window, without an alarm
+    min_pairs: int = 20  # offline pairs that may carry the decision
+    alarm: float = 1e5  # rewards of a sound live adapter between two false alarms of the watch, at least
+    tolerance: float = 0.02  # fall of the mean reward below its past that the watch lets pass
+    confirm_episodes: int = 4000  # rated ones, at even shares with the last good adapter, to confirm or clear an alarm
+    alpha_confirm: float = 0.05  # chance of rolling back one that is not worse, after an alarm
+    cool_down_s: float = 3600.0  # after the watch rolled back, nothing is learned and nothing moves up
+
+    @property
+    def holdback_share(self) -> float:
+        return (0.05 if self.canary else 0.0) if self.holdback is None else self.holdback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,13 +218,19 @@ class Config:
         ""  # postgresql://..., one server a database; GRADATIM_DATABASE overrides; empty: SQLite in data_dir
     )
     caution: Caution = "normal"
-    learn: bool = True  # false: serve and record only
+    mode: Literal["observe", "propose", "auto"] = "auto"  # observe: serve and record; propose: a person promotes
     server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
+    release: ReleaseConfig = field(default_factory=ReleaseConfig)
+
+    @property
+    def learn(self) -> bool:
+        return self.mode != "observe"
+
     loop: LoopConfig = field(default_factory=LoopConfig)
     critics: CriticsConfig = field(default_factory=CriticsConfig)
 

@@ -18,6 +18,7 @@ from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.errors import DamagedAdapterError, StoreError
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
 from gradatim.types import (
+    APPROVAL,
     ON_THE_WAY,
     Adapter,
     AdapterId,
@@ -39,6 +40,7 @@ JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewar
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
 SECOND_CHANCE_AMONG = 64  # updates of the live adapter; what was refused before them is not tried again
 FRESH = 8  # answers to users on which a candidate's distance from the live adapter is measured
+WATCH = "watch"  # the actor of its moves
 SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
 
@@ -77,6 +79,7 @@ class Loop:
     path: Mapping[Stage, Stage] = field(default_factory=lambda: {Stage.CANDIDATE: Stage.LIVE})
     config: LoopConfig = field(default_factory=LoopConfig)
     learning: LearnerConfig = field(default_factory=LearnerConfig)
+    cool_down_s: float = 0.0  # after the watch rolled back
     clock: Callable[[], float] = time.time
 
     def turn(self, *, flush: bool = False) -> bool:
@@ -85,6 +88,8 @@ class Loop:
         ``flush`` waits for nothing: neither for an episode to settle nor for a batch to fill.
         """
         judged = self.judge(flush=flush)
+        if not self.watch():
+            return judged
         candidate = self._on_the_way()
         try:
             if candidate is not None:
@@ -205,22 +210,63 @@ class Loop:
             return 0
         return max(round(new * share / (1.0 - share)), self.learning.batch - new)
 
+    # ------------------------------------------------------------------ live, or not any longer
+
+    def watch(self) -> bool:
+        """Whether the live adapter is thought sound; while it is not, nothing is learned and nothing moves up. One that
+        the gates of its stage speak against is rolled back here, and what made it is not trained on again: it is in no
+        live adapter's lineage."""
+        gates = self.gates.get(Stage.LIVE, ())
+        if not gates:
+            return True
+        live = self._adapter(self._live())
+        last_good = self._last_good(live)
+        sound = not self._is_cooling_down()
+        if last_good is None:
+            return sound
+        for gate in gates:
+            verdict = gate.check(live, self._adapter(last_good), self._anchor())
+            if verdict.decision in (Decision.FAIL, Decision.REPAIR):
+                self._roll_back(live.id, last_good, verdict)
+                return False
+            self._tell(verdict)
+            sound = sound and verdict.decision is Decision.PASS
+        return sound
+
+    def _roll_back(self, live: AdapterId, last_good: AdapterId, verdict: Verdict) -> None:
+        log.error("%s is rolled back: %s; %s is live again", live, verdict.reason, last_good)
+        off = self._move(live, Stage.LIVE, Stage.ROLLED_BACK, verdict.reason)
+        on = self._move(last_good, Stage.RETIRED, Stage.LIVE, verdict.reason)
+        self.store.move(replace(off, actor=WATCH), replace(on, actor=WATCH), verdicts=[verdict])
+
+    def _is_cooling_down(self) -> bool:
+        """The watch rolled back a short while ago."""
+        rolled_back = (m for _, m in self.store.newest(Move, limit=64) if m.actor == WATCH)
+        return any(self.clock() - m.created_at < self.cool_down_s for m in rolled_back)
+
+    def _tell(self, verdict: Verdict) -> None:
+        """Record what the router goes by, where it changed: the share that a gate gives to an arm."""
+        share = verdict.evidence.get("share")
+        told = self.store.newest(Verdict, adapter_id=verdict.adapter_id, gate=verdict.gate)
+        if share is not None and (not told or told[0][1].evidence.get("share") != share):
+            self.store.append(verdict)
+
     # ------------------------------------------------------------------ candidate -> live, or not
 
     def decide(self, adapter: Adapter, stage: Stage) -> bool:
         """Ask the gates of its stage in order; the first that does not pass decides."""
         live = self._live()
-        anchor = AdapterId(f"{self.name}@0")
         verdicts: list[Verdict] = []
         for gate in self.gates.get(stage, ()):
-            verdicts.append(gate.check(adapter, self._adapter(live), self._adapter(anchor)))
+            verdicts.append(gate.check(adapter, self._adapter(live), self._anchor()))
             if verdicts[-1].decision is not Decision.PASS:
                 break
         decision = verdicts[-1].decision if verdicts else Decision.FAIL  # no gate, no evidence: it does not move
         reason = verdicts[-1].reason if verdicts else f"no gate is set for stage {stage}"
         if decision is Decision.WAIT:
+            self._tell(verdicts[-1])
             return False
-        after = self.path[stage] if decision is Decision.PASS else Stage.REJECTED
+        after = self.path[stage] if decision is Decision.PASS else self._out(stage, verdicts)
         update = self._update(adapter) if decision is Decision.REPAIR else None
         if update is not None:
             reason += "; half of the step is tried"
@@ -231,6 +277,11 @@ class Loop:
         if update is not None:  # killed before this, the examples still have their second chance
             self.store.append(*self.learner.shrink(update, adapter, self._adapter(live), self._next_step()))
         return True
+
+    def _out(self, stage: Stage, verdicts: Sequence[Verdict]) -> Stage:
+        """Rejected; rolled back where it did harm to users, so that its examples get no second chance."""
+        harmful = stage is Stage.CANARY and not (verdicts and verdicts[-1].evidence.get("expired"))
+        return Stage.ROLLED_BACK if harmful else Stage.REJECTED
 
     def _update(self, adapter: Adapter) -> Update | None:
         """What made it, where a smaller step may still be tried."""
@@ -247,9 +298,7 @@ class Loop:
         """The live adapter cannot be learned from for good, nor be served after a restart: its newest ancestor that
         was live takes its place, as the server would have it at its next start."""
         live = self._adapter(self._live())
-        retired, at = self.store.stages(self.name, Stage.RETIRED), live.parent_id
-        while at is not None and at not in retired:
-            at = self._adapter(at).parent_id
+        at = self._last_good(live)
         if at is None:
             raise StoreError(f"{reason}; and it has no ancestor to go back to")
         log.error("%s; %s is live again", reason, at)
@@ -259,6 +308,21 @@ class Loop:
         )
 
     # ------------------------------------------------------------------ look-ups
+
+    def _last_good(self, live: Adapter) -> AdapterId | None:
+        """Its newest ancestor that was live and was not rolled back."""
+        retired, at = self.store.stages(self.name, Stage.RETIRED), live.parent_id
+        while at is not None and at not in retired:
+            at = self._adapter(at).parent_id
+        return at
+
+    def _anchor(self) -> Adapter:
+        """The last adapter that a person approved and that was not taken back since, or the base."""
+        out = self.store.stages(self.name, Stage.ROLLED_BACK, Stage.REJECTED)
+        for _, approval in self.store.newest(Verdict, gate=APPROVAL, limit=100):
+            if approval.adapter_id.rpartition("@")[0] == self.name and approval.adapter_id not in out:
+                return self._adapter(approval.adapter_id)
+        return self._adapter(AdapterId(f"{self.name}@0"))
 
     def _on_the_way(self) -> tuple[Adapter, Stage] | None:
         for adapter_id, stage in self.store.stages(self.name, *ON_THE_WAY).items():

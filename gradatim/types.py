@@ -85,6 +85,7 @@ class Route:
     adapter_sha256: str
     stage: str  # a Stage, or "pinned"
     propensity: float = 1.0
+    coin: Mapping[AdapterId, float] = field(default_factory=dict)  # see Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +111,9 @@ class Step:
     trainable: bool = True  # false: X-Turn-Type: side
     chain_key: str = ""  # digest of messages + answer: a request that extends them continues the episode
     latency_s: float = 0.0
+    coin: Mapping[AdapterId, float] = field(
+        default_factory=dict
+    )  # the share of each adapter, where one was tossed for it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -297,6 +301,9 @@ class Decision(StrEnum):
     FAIL = "fail"
     REPAIR = "repair"  # a little too much harm: the same change, made smaller, is judged in its place
     WAIT = "wait"  # not enough evidence yet: it stays where it is
+
+
+APPROVAL = "approval"  # as a verdict's gate: a person made it the anchor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

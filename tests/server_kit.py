@@ -56,6 +56,13 @@ class FakeAdmin:
         self._live = adapter_id
         return {"live": self._live}
 
+    def approve(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        self.calls.append(("approve", adapter_id, actor, reason))
+        return {"anchor": adapter_id}
+
+    def reject(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        raise TransitionError(f"{adapter_id} is not on its way up")
+
     def status(self) -> Mapping[str, Any]:
         return {"learning": True, "ratio": float("nan")}
 

@@ -51,6 +51,9 @@ async def test_adapters_are_listed_rolled_back_and_promoted(kit: Kit, client: ht
     assert (await client.post("/v1/adapters/agent@1/rollback", json={"reason": "worse"})).json() == {"live": "agent@0"}
     assert (await client.post("/v1/adapters/agent@1/promote")).json() == {"live": "agent@1"}
     assert kit.admin.calls == [("rollback", "agent@1", "person", "worse"), ("promote", "agent@1", "person", "")]
+    assert (await client.post("/v1/adapters/agent@1/approve", json={"reason": "ok"})).json() == {"anchor": "agent@1"}
+    assert kit.admin.calls.pop() == ("approve", "agent@1", "person", "ok")
+    assert (await client.post("/v1/adapters/agent@1/reject")).status_code == 409
     assert (await client.post("/v1/adapters/agent@0/rollback")).status_code == 409
     for path in ("agent@9", "agent@9/rollback", "agent@9/promote"):
         method = "POST" if "/" in path else "GET"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from gradatim.config import Config, TrafficConfig
+from gradatim.config import Config, ReleaseConfig
 from gradatim.errors import AdapterError, UnknownAdapterError
 from gradatim.protocols import Store
 from gradatim.release.traffic import Traffic, promote, rollback
 from gradatim.store import open_store
-from gradatim.types import Adapter, AdapterId, Delta, EpisodeId, Move, Request, Stage, Started
+from gradatim.types import Adapter, AdapterId, Decision, Delta, EpisodeId, Move, Request, Stage, Started, Verdict
 
 from .records import adapter
 
@@ -51,9 +51,9 @@ def go_live(store: Store, number: int) -> None:
     promote(store, "agent", AdapterId(f"agent@{number}"), actor="test")
 
 
-async def traffic_on(store: Store, **shares: float) -> tuple[Traffic, LoadedEngine]:
+async def traffic_on(store: Store, release: ReleaseConfig | None = None) -> tuple[Traffic, LoadedEngine]:
     engine = LoadedEngine()
-    traffic = Traffic(store, engine, Config(traffic=TrafficConfig(**shares)))
+    traffic = Traffic(store, engine, Config(release=release or ReleaseConfig()))
     await traffic.refresh()
     return traffic, engine
 
@@ -101,8 +101,7 @@ async def test_an_adapter_that_cannot_be_loaded_leaves_the_old_one_answering(sto
     assert (await traffic.route("agent", EpisodeId("e"))).adapter_id == "agent@0"
 
 
-async def test_the_coin_is_tossed_per_episode_with_the_logged_propensity(store: Store) -> None:
-    go_live(store, 1)
+def begin_canary(store: Store) -> None:
     store.append(adapter(2, parent=1))
     store.move(
         Move(
@@ -113,13 +112,58 @@ async def test_the_coin_is_tossed_per_episode_with_the_logged_propensity(store: 
             actor="test",
         )
     )
-    traffic, _ = await traffic_on(store, canary_share=0.2, holdback_share=0.1)
+
+
+def said(adapter_id: str, gate: str, share: float) -> Verdict:
+    evidence = {"share": share}
+    return Verdict(
+        adapter_id=AdapterId(adapter_id), created_at=1.0, gate=gate, decision=Decision.WAIT, evidence=evidence
+    )
+
+
+async def test_the_coin_is_tossed_per_episode_with_the_logged_propensity(store: Store) -> None:
+    go_live(store, 1)
+    begin_canary(store)
+    traffic, _ = await traffic_on(store, ReleaseConfig(canary=True, ramp=(0.2,), holdback=0.1))
     routes = [await traffic.route("agent", EpisodeId(f"e{i}")) for i in range(3000)]
     share = {a: sum(r.adapter_id == a for r in routes) / 3000 for a in ("agent@0", "agent@1", "agent@2")}
     assert share["agent@2"] == pytest.approx(0.2, abs=0.03)
     assert share["agent@0"] == pytest.approx(0.1, abs=0.03)
-    assert {(r.adapter_id, round(r.propensity, 3)) for r in routes} == {
-        ("agent@0", 0.1),
-        ("agent@1", 0.7),
-        ("agent@2", 0.2),
-    }
+    for route in routes:
+        assert route.coin == pytest.approx({"agent@0": 0.1, "agent@1": 0.7, "agent@2": 0.2})
+        assert route.propensity == route.coin[route.adapter_id]
+    again = await traffic.route("agent", EpisodeId("e0"))
+    assert (again.adapter_id, again.coin, again.propensity) == (routes[0].adapter_id, {}, 1.0)
+
+
+async def test_the_gates_verdicts_set_the_shares_and_a_restart_keeps_every_canary_episode(store: Store) -> None:
+    go_live(store, 1)
+    begin_canary(store)
+    release = ReleaseConfig(canary=True, ramp=(0.1, 0.5), holdback=0.0)
+    before, _ = await traffic_on(store, release)
+    episodes = [EpisodeId(f"e{i}") for i in range(300)]
+    first = {e for e in episodes if (await before.route("agent", e)).adapter_id == "agent@2"}
+    store.append(said("agent@2", "canary", 0.5))
+    after, _ = await traffic_on(store, release)
+    routes = {e: await after.route("agent", e) for e in episodes}
+    second = {e for e, r in routes.items() if r.adapter_id == "agent@2"}
+    assert first < second
+    assert len(second) == pytest.approx(150, abs=30)
+    assert {r.coin[AdapterId("agent@2")] for r in routes.values()} == {0.5}
+
+
+async def test_an_alarm_evens_the_shares_out_with_the_last_good_one(store: Store) -> None:
+    go_live(store, 1)
+    go_live(store, 2)
+    traffic, _ = await traffic_on(store, ReleaseConfig(canary=True))
+    assert (await traffic.route("agent", EpisodeId("a"))).coin == pytest.approx({"agent@1": 0.05, "agent@2": 0.95})
+    store.append(said("agent@2", "watch", 0.5))
+    await traffic.refresh()
+    assert (await traffic.route("agent", EpisodeId("b"))).coin == {"agent@1": 0.5, "agent@2": 0.5}
+
+
+async def test_without_a_canary_no_coin_is_tossed(store: Store) -> None:
+    go_live(store, 1)
+    traffic, _ = await traffic_on(store)
+    route = await traffic.route("agent", EpisodeId("e"))
+    assert (route.adapter_id, route.coin) == ("agent@1", {})

@@ -13,7 +13,7 @@ from typing import Any
 from gradatim.app import report
 from gradatim.config import Config
 from gradatim.errors import GradatimError
-from gradatim.release.traffic import promote, rollback
+from gradatim.release.traffic import approve, promote, reject, rollback
 from gradatim.store import SqlStore
 from gradatim.types import AdapterId, Move, Stage
 
@@ -67,6 +67,13 @@ class Administration:
     def promote(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
         promote(self._store, self._config.name, adapter_id, actor=actor, reason=reason)
         return self._now()
+
+    def approve(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        return {"anchor": approve(self._store, self._config.name, adapter_id, actor=actor, reason=reason)}
+
+    def reject(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        reject(self._store, self._config.name, adapter_id, actor=actor, reason=reason)
+        return {"rejected": adapter_id}
 
     def _end_canary(self, adapter_id: AdapterId, actor: str, reason: str) -> None:
         before, after = Stage.CANARY, Stage.ROLLED_BACK

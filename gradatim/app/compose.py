@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
+    from gradatim.protocols import Gate
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -107,13 +108,26 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.learner.scorer import TorchScorer
     from gradatim.loop import Loop
     from gradatim.nn.render import Renderer
-    from gradatim.release.gates import ReplayGate, StaticGate
+    from gradatim.release.canary import CanaryGate
+    from gradatim.release.gates import PersonGate, ReplayGate, StaticGate
+    from gradatim.release.watch import WatchGate
     from gradatim.reward import AuditedReward
     from gradatim.skills import PromptSkills
 
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
+    gates: dict[Stage, tuple[Gate, ...]] = {
+        Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
+    }
+    path = {Stage.CANDIDATE: Stage.LIVE}
+    if config.release.canary:
+        gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
+        path = {Stage.CANDIDATE: Stage.CANARY, Stage.CANARY: Stage.LIVE}
+    if config.mode == "propose":
+        last = Stage.CANARY if config.release.canary else Stage.SHADOW
+        gates[last] = (*gates.get(last, ()), PersonGate())
+        path[Stage.CANDIDATE] = last
     return Loop(
         name=config.name,
         store=store,
@@ -128,7 +142,9 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
         ),
         replay=StoreReplay(store, config.name, config.learner.seed),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name),
-        gates={Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))},
+        gates=gates,
+        path=path,
+        cool_down_s=config.release.cool_down_s,
         config=config.loop,
         learning=config.learner,
     )

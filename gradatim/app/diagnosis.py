@@ -97,14 +97,14 @@ def _server(facts: Facts) -> Iterator[Finding]:
 
 def _loop(facts: Facts) -> Iterator[Finding]:
     if not facts.config.learn:
-        yield Finding("loop", "wait", "learning is switched off (learn = false)", "serve without --no-learn")
+        yield Finding("loop", "wait", "learning is switched off (mode = observe)", "serve without --mode observe")
         return
     loop = facts.loop
     if loop is None:
         return
     log = facts.config.data_dir / "loop.log"
     if loop["state"] == "off":
-        yield Finding("loop", "wait", "the server was started with --no-learn", "serve without --no-learn")
+        yield Finding("loop", "wait", "the server was started with --mode observe", "serve without it")
     elif loop["state"] == "waiting":
         yield Finding(
             "loop",

@@ -1,4 +1,4 @@
-"""Commands about adapters: list, show, rollback, promote.
+"""Commands about adapters: list, show, rollback, promote, approve, reject.
 
 With a server a change holds from the next request on; without one it is written to the store for the next start.
 """
@@ -28,6 +28,8 @@ def register(app: typer.Typer) -> None:
     group.command(epilog="Example: gradatim adapters show agent@3")(show)
     group.command(epilog="Example: gradatim adapters rollback --reason 'answers too long'")(rollback)
     group.command(epilog="Example: gradatim adapters promote agent@3")(promote)
+    group.command(epilog="Example: gradatim adapters approve agent@3 --reason 'reviewed'")(approve)
+    group.command(epilog="Example: gradatim adapters reject agent@4")(reject)
     app.add_typer(group, name="adapters")
 
 
@@ -38,7 +40,7 @@ def default(
     name: Name = None,
     as_json: AsJson = False,
 ) -> None:
-    """Every version of the weights: list them, look at one, roll back, promote."""
+    """Every version of the weights: list them, look at one, roll back, promote, approve, reject."""
     if context.invoked_subcommand is None:
         listing(file=file, data_dir=data_dir, name=name, as_json=as_json)
 
@@ -110,3 +112,29 @@ def promote(
     """Put a version live on your word: an earlier one, or a candidate past the gates that are left."""
     done = routes(recorded(file, data_dir, name)).post(f"/v1/adapters/{adapter_id}/promote", {"reason": reason})
     output.show(done, as_json, lambda console: console.print(f"{done['live']} is live"))
+
+
+def approve(
+    adapter_id: One,
+    reason: Reason = "approved by hand",
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version that is or was live the anchor: what comes after it may lose only so much against it."""
+    done = routes(recorded(file, data_dir, name)).post(f"/v1/adapters/{adapter_id}/approve", {"reason": reason})
+    output.show(done, as_json, lambda console: console.print(f"{done['anchor']} is the anchor"))
+
+
+def reject(
+    adapter_id: One,
+    reason: Reason = "rejected by hand",
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Take a version that is on its way up (candidate, shadow, canary) off it, so that the next one may be made."""
+    done = routes(recorded(file, data_dir, name)).post(f"/v1/adapters/{adapter_id}/reject", {"reason": reason})
+    output.show(done, as_json, lambda console: console.print(f"{done['rejected']} is rejected"))

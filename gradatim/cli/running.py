@@ -32,7 +32,7 @@ def serve(
     name: Name = None,
     dtype: Dtype = None,
     caution: Annotated[str | None, typer.Option(help="low, normal or high: speed of learning against safety.")] = None,
-    no_learn: Annotated[bool, typer.Option("--no-learn", help="Serve and record only.")] = False,
+    mode: Annotated[str | None, typer.Option(help="observe, propose (a person promotes) or auto.")] = None,
 ) -> None:
     """Serve the model behind OpenAI's API, and learn from the feedback in a second process."""
     from gradatim.app import serving
@@ -45,7 +45,7 @@ def serve(
         server__host=host,
         server__port=port,
         engine__dtype=dtype,
-        learn=False if no_learn else None,
+        mode=mode,
     )
     config = settings(file, given)
     _log_to_stderr()
@@ -54,6 +54,8 @@ def serve(
 
 def _announce(config: Config, url: str) -> None:
     learns = "in a second process (gradatim status)" if config.learn else "no: it serves and records only"
+    if config.mode == "propose":
+        learns += "; what passes the gates waits for `gradatim adapters promote`"
     lines = {
         "base_url": f"{url}/v1",
         "model": f"{config.name}   ({config.model}; {config.name}@0 is the frozen one)",

@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -70,6 +70,28 @@ class StaticGate:
         except AdapterError as e:
             return str(e)
         return ""
+
+
+class PersonGate:
+    """Waits until a person promotes or rejects it: the last gate where the loop only proposes."""
+
+    name = "person"
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+
+    def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
+        stale = candidate.parent_id != live.id
+        return Verdict(
+            adapter_id=candidate.id,
+            created_at=self._clock(),
+            gate=self.name,
+            decision=Decision.FAIL if stale else Decision.WAIT,
+            against=(live.id,),
+            reason=f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+            if stale
+            else f"it passed; `gradatim adapters promote {candidate.id}` puts it live",
+        )
 
 
 DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
@@ -166,6 +188,7 @@ class ReplayGate:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
             for reference in {live.id, anchor.id}:
                 label = "live" if reference == live.id else "anchor"
+                config = self._config if label == "live" else replace(self._config, margin=self._config.anchor_margin)
                 for skill, rows in _by_skill(cases).items():
                     pairs = Pairs.of(
                         [cases[i] for i in rows],
@@ -173,7 +196,7 @@ class ReplayGate:
                         [scores[reference][i] for i in rows],
                     )
                     evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
-                    found, problem = harm(pairs, self._config)
+                    found, problem = harm(pairs, config)
                     decision = max(decision, found, key=_GRAVITY.index)
                     if problem:
                         reasons.append(f"{skill} against {label}: {problem}")

@@ -14,10 +14,10 @@ import time
 from collections import ChainMap, OrderedDict
 from collections.abc import Mapping, Sequence
 
-from gradatim.config import Config, TrafficConfig
+from gradatim.config import Config, ReleaseConfig, TrafficConfig
 from gradatim.errors import GradatimError, TransitionError, UnknownAdapterError
 from gradatim.protocols import Engine, Store
-from gradatim.types import Adapter, AdapterId, EpisodeId, Move, Route, Stage
+from gradatim.types import APPROVAL, ON_THE_WAY, Adapter, AdapterId, Decision, EpisodeId, Move, Route, Stage, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,9 @@ class Traffic:
         self._store, self._engine = store, engine
         self._name: str = config.name
         self._config: TrafficConfig = config.traffic
+        self._release: ReleaseConfig = config.release
+        self._shares: dict[AdapterId, float] = {}  # of the canary and of the last good adapter
+        self._last_good: AdapterId | None = None  # newest ancestor of the live one that was live
         self._adapters: dict[AdapterId, Adapter] = {}  # those that were asked for
         self._stages: dict[AdapterId, Stage] = {}
         self._answering: Sequence[AdapterId] = ()  # in live or canary
@@ -48,47 +51,51 @@ class Traffic:
 
     async def route(self, model: str, episode_id: EpisodeId) -> Route:
         if model == self._name:
-            adapter_id, propensity = self._choose(episode_id)
+            adapter_id, coin = self._choose(episode_id)
             stage: str = self._stages[adapter_id]
         else:
-            adapter_id, propensity, stage = AdapterId(model), 1.0, "pinned"
+            adapter_id, coin, stage = AdapterId(model), {}, "pinned"
         adapter = await self._find(adapter_id, model)
         if adapter_id not in self._engine.loaded():
             await self._engine.load(adapter)
-        return Route(adapter_id=adapter.id, adapter_sha256=adapter.sha256, stage=stage, propensity=propensity)
+        return Route(
+            adapter_id=adapter.id,
+            adapter_sha256=adapter.sha256,
+            stage=stage,
+            propensity=coin.get(adapter_id, 1.0),
+            coin=coin,
+        )
 
-    def _choose(self, episode_id: EpisodeId) -> tuple[AdapterId, float]:
+    def _choose(self, episode_id: EpisodeId) -> tuple[AdapterId, Mapping[AdapterId, float]]:
         if self._live is None:
             raise UnknownAdapterError(f"{self._name} has no live adapter yet: the server is still starting")
         pinned = self._pins.get(episode_id)
         if pinned is not None and self._stages.get(pinned) in _ANSWERS and pinned in self._engine.loaded():
             self._pins.move_to_end(episode_id)
-            return pinned, 1.0
-        chosen, propensity = self._toss(episode_id, self._live)
+            return pinned, {}
+        chosen, coin = self._toss(episode_id, self._live)
         self._pins[episode_id] = chosen
         if len(self._pins) > _MAX_PINS:
             self._pins.popitem(last=False)
-        return chosen, propensity
+        return chosen, coin
 
-    def _toss(self, episode_id: EpisodeId, live: AdapterId) -> tuple[AdapterId, float]:
-        """Arms and shares are ordered, so that the same episode gets the same arm while these stay as they are."""
-        canary = next((a for a in self._answering if self._stages[a] is Stage.CANARY), None)
-        previous = self._before(live)
-        arms = [(canary, self._config.canary_share), (previous, self._config.holdback_share)]
-        coin = int.from_bytes(hashlib.sha256(episode_id.encode()).digest()[:8], "big") / 2**64
-        left = 1.0
-        for arm, share in arms:
-            if arm is None or share <= 0.0:
-                continue
-            if coin < share:
-                return arm, share
-            coin -= share
-            left -= share
-        return live, left
+    def _toss(self, episode_id: EpisodeId, live: AdapterId) -> tuple[AdapterId, Mapping[AdapterId, float]]:
+        """Who answers, and the share that each adapter had; empty where there was no choice.
 
-    def _before(self, live: AdapterId) -> AdapterId | None:
-        parent = self._adapters[live].parent_id
-        return parent if parent is not None and self._stages.get(parent) is Stage.RETIRED else None
+        Arms are ordered and the coin is the episode's own, so that after a restart an episode falls as it fell, and one
+        that fell to the canary stays with it when its share rises. Another pair of adapters has another coin.
+        """
+        arms = {a: share for a, share in self._shares.items() if share > 0.0 and a != live}
+        if not arms:
+            return live, {}
+        coin: dict[AdapterId, float] = {**arms, live: 1.0 - sum(arms.values())}
+        salt = " ".join((live, *arms, episode_id))
+        place = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "big") / 2**64
+        for arm, share in arms.items():
+            if place < share:
+                return arm, coin
+            place -= share
+        return live, coin
 
     async def _find(self, adapter_id: AdapterId, model: str) -> Adapter:
         if adapter_id not in self._adapters:
@@ -114,9 +121,30 @@ class Traffic:
             self._stages.update(changed)
             self._answering = answering
             self._live = next((a for a in answering if self._stages[a] is Stage.LIVE), self._live)
+            if changed and self._live is not None:
+                self._last_good = await self._before(self._live)
+            self._shares = await asyncio.to_thread(self._shared_out)
             for adapter_id in self._engine.loaded():
                 if self._stages.get(adapter_id) in (Stage.REJECTED, Stage.ROLLED_BACK):
                     await self._engine.unload(adapter_id)
+
+    async def _before(self, live: AdapterId) -> AdapterId | None:
+        parent = self._adapters[live].parent_id
+        while parent is not None and self._stages.get(parent) is not Stage.RETIRED:
+            parent = (await self._find(parent, parent)).parent_id
+        return parent
+
+    def _shared_out(self) -> dict[AdapterId, float]:
+        """The canary's and the holdback's shares as the gates said last; the canary's first."""
+        shares: dict[AdapterId, float] = {}
+        canary = next((a for a in self._answering if self._stages[a] is Stage.CANARY), None)
+        if canary is not None and self._release.ramp:
+            shares[canary] = share_of(self._store, canary, "canary", self._release.ramp[0])
+        holdback = self._release.holdback_share
+        if self._live is not None and self._last_good is not None and holdback > 0.0:
+            shares[self._last_good] = share_of(self._store, self._live, "watch", holdback)
+        over = sum(shares.values()) / 0.9  # the live adapter keeps a tenth
+        return {a: share / over for a, share in shares.items()} if over > 1.0 else shares
 
     def _changed(self) -> tuple[int, dict[AdapterId, Stage]]:
         """(position of the newest Move, stages that changed since the last look, all of them at the first)."""
@@ -142,6 +170,13 @@ class Traffic:
             await asyncio.sleep(self._config.refresh_s)
 
 
+def share_of(store: Store, adapter_id: AdapterId, gate: str, default: float) -> float:
+    """What that gate's newest verdict on an adapter gives to the arm it compares."""
+    for _, verdict in store.newest(Verdict, adapter_id=adapter_id, gate=gate):
+        return float(verdict.evidence.get("share", default))
+    return default
+
+
 def rollback(store: Store, name: str, to: AdapterId | None = None, *, actor: str, reason: str = "") -> AdapterId:
     """Take the live adapter back to ``to`` (default: the newest ancestor that was live). Needs no statistics."""
     stages = store.stages(name)
@@ -159,6 +194,44 @@ def promote(store: Store, name: str, to: AdapterId, *, actor: str, reason: str =
     stages = store.stages(name)
     _swap(store, stages, _live(stages, name), to, Stage.RETIRED, actor, reason or "promoted by hand")
     return to
+
+
+def approve(store: Store, name: str, adapter_id: AdapterId, *, actor: str, reason: str = "") -> AdapterId:
+    """Make an adapter the anchor: candidates are compared with it as well as with the live one, and may lose only so
+    much against it, however many there are. TransitionError for one that was never live."""
+    stage = store.stages(name).get(adapter_id)
+    if stage is None:
+        raise UnknownAdapterError(f"no adapter {adapter_id}: see `gradatim adapters list`")
+    if stage not in (Stage.LIVE, Stage.RETIRED):
+        raise TransitionError(f"{adapter_id} is {stage.value}: only one that is or was live can be approved")
+    store.append(
+        Verdict(
+            adapter_id=adapter_id,
+            created_at=time.time(),
+            gate=APPROVAL,
+            decision=Decision.PASS,
+            reason=f"{actor}: {reason or 'approved'}",
+        )
+    )
+    return adapter_id
+
+
+def reject(store: Store, name: str, adapter_id: AdapterId, *, actor: str, reason: str = "") -> None:
+    """Take an adapter that is on its way up off it. TransitionError for any other."""
+    stage = store.stages(name, *ON_THE_WAY).get(adapter_id)
+    if stage is None:
+        raise TransitionError(f"{adapter_id} is not on its way up; a live one is taken off by a rollback")
+    why = reason or "rejected by hand"
+    store.move(
+        Move(
+            adapter_id=adapter_id,
+            created_at=time.time(),
+            before=stage,
+            after=Stage.REJECTED,
+            actor=actor,
+            reason=why,
+        )
+    )
 
 
 def _live(stages: Mapping[AdapterId, Stage], name: str) -> AdapterId:

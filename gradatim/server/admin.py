@@ -6,7 +6,7 @@ Stages are changed by whoever implements ``Admin``; this module knows only how t
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import time
 from typing import Any, Protocol
 
@@ -47,6 +47,12 @@ class Admin(Protocol):
 
     def promote(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
         """Make this one live, on a person's word. Says what is live now. UnknownAdapterError, TransitionError."""
+
+    def approve(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        """Make this one, which is or was live, the anchor. Says which is now. UnknownAdapterError, TransitionError."""
+
+    def reject(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:
+        """Take this one off its way up. TransitionError."""
 
     def status(self) -> Mapping[str, Any]:
         """Whether it learns, from what, and why not when it does not."""
@@ -100,13 +106,20 @@ class AdminRoutes:
         return json_response(await self._row(request.path_params["id"]))
 
     async def rollback(self, request: Request) -> Response:
-        row, reason = await self._row(request.path_params["id"]), await _reason(request)
-        done = await asyncio.to_thread(self._admin.rollback, AdapterId(row["id"]), actor=_ACTOR, reason=reason)
-        return json_response(plain(done))
+        return await self._act(request, self._admin.rollback)
 
     async def promote(self, request: Request) -> Response:
+        return await self._act(request, self._admin.promote)
+
+    async def approve(self, request: Request) -> Response:
+        return await self._act(request, self._admin.approve)
+
+    async def reject(self, request: Request) -> Response:
+        return await self._act(request, self._admin.reject)
+
+    async def _act(self, request: Request, action: Callable[..., Mapping[str, Any]]) -> Response:
         row, reason = await self._row(request.path_params["id"]), await _reason(request)
-        done = await asyncio.to_thread(self._admin.promote, AdapterId(row["id"]), actor=_ACTOR, reason=reason)
+        done = await asyncio.to_thread(action, AdapterId(row["id"]), actor=_ACTOR, reason=reason)
         return json_response(plain(done))
 
     async def status(self, request: Request) -> Response:

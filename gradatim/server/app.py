@@ -87,6 +87,8 @@ def _v1(
         Route("/adapters/{id}", operator.get_adapter),
         Route("/adapters/{id}/rollback", operator.rollback, methods=["POST"]),
         Route("/adapters/{id}/promote", operator.promote, methods=["POST"]),
+        Route("/adapters/{id}/approve", operator.approve, methods=["POST"]),
+        Route("/adapters/{id}/reject", operator.reject, methods=["POST"]),
         Route("/status", operator.status),
     ]
 

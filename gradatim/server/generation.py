@@ -179,6 +179,7 @@ class Generation:
             trainable=self._trainable and complete,
             chain_key=self._chain.key(text) if self._chain and complete else "",
             latency_s=perf_counter() - self._began_at,
+            coin=self.route.coin,
         )
 
     async def _capture(self, steps: list[Step]) -> bool:

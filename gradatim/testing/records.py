@@ -94,6 +94,7 @@ def one_of_each() -> Sequence[Record]:
             trainable=False,
             chain_key="c" * 64,
             latency_s=0.125,
+            coin={"agent@0": 0.9, "agent@1": 0.1},
         ),
         a_step("step:1", messages=(), prompt_ids=(), completion_ids=(), logprobs=(), text="", finish_reason="aborted"),
         a_feedback(
