@@ -128,6 +128,18 @@ class LoopConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    __pydantic_config__ = _STRICT
+    decisions: bool = False  # answers that were judged change the next ones in the same situation
+    tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
+    label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02  # share of sure judgements that are wrong
+    width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
+    odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
+    max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first
+    harm: Annotated[int, Field(ge=1)] = 3  # an entry that harmed this many answers more than it helped is dropped
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything that can be set. ``gradatim config`` prints it with where each value came from."""
 
@@ -147,6 +159,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {

@@ -12,6 +12,8 @@ GradatimError
     TransitionError                 an adapter may not move between those two stages
     ConflictError                   this id was already used for another target
     RecordError                     a record holds what no database can keep
+    ForeignMemoryError              what is remembered was made with another model or tokenizer
+  MemoryKeyError (ValueError)       a key of a memory is no vector of numbers
   LearnerError (RuntimeError)       an update could not be made; serving is unaffected
     AdapterError                    an adapter's files are missing or do not match their digest
       DamagedAdapterError           the same, of an adapter that is named; trying again will not help
@@ -71,6 +73,14 @@ class ConflictError(StoreError):
 
 class RecordError(StoreError):
     """A record holds what no database can keep."""
+
+
+class ForeignMemoryError(StoreError):
+    """What is remembered was made with another base model or tokenizer: its tokens mean something else."""
+
+
+class MemoryKeyError(GradatimError, ValueError):
+    """A key of a memory is no vector of finite numbers, or has another width."""
 
 
 class LearnerError(GradatimError, RuntimeError):
