@@ -13,9 +13,8 @@ from dataclasses import dataclass
 TEAMS = ("Orion", "Cedar", "Falcon", "Maple", "Delta", "Harbor", "Jupiter", "Willow")
 HELD_OUT = 3  # wordings of each intent that are never learned from
 
-PROMPT = (
-    "You route support tickets at a company. Answer with the name of one team and nothing else: {teams}.\n"
-    "Ticket: {ticket}"
+INSTRUCTION = (
+    f"You route support tickets at a company. Answer with the name of one team and nothing else: {', '.join(TEAMS)}."
 )
 
 _WORDINGS = """
@@ -118,10 +117,6 @@ class Ticket:
     intent: int
     text: str
     held_out: bool
-
-    @property
-    def prompt(self) -> str:
-        return PROMPT.format(teams=", ".join(TEAMS), ticket=self.text)
 
 
 def tickets() -> list[Ticket]:

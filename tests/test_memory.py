@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,11 @@ def entry(name: str, tokens: Sequence[int] = (5, 6), value: float = 1.0, **field
     return MemoryEntry(**{**given, **fields})
 
 
-def opened(store: SqlStore, config: MemoryConfig = CONFIG, **digests: str) -> DecisionMemory:
-    given = {"base_sha256": "base", "tokenizer_sha256": "tokens", **digests}
-    return DecisionMemory(SqlShelf(store.engines), config, layers=(1,), **given)
+def opened(
+    store: SqlStore, config: MemoryConfig = CONFIG, *, base: str = "base", tokenizer: str = "tokens"
+) -> DecisionMemory:
+    shelf = SqlShelf(store.engines)
+    return DecisionMemory(shelf, config, base_sha256=base, tokenizer_sha256=tokenizer, layers=(1,))
 
 
 def learn(memory: DecisionMemory, made: MemoryEntry, seed: int, **fields: Any) -> None:
@@ -85,6 +87,10 @@ def _sequences(vocabulary: int, length: int) -> list[tuple[int, ...]]:
     return out
 
 
+def _of(row: NDArray[np.float64]) -> Callable[[Sequence[int]], Sequence[float]]:
+    return lambda ids: [float(row[i]) for i in ids]
+
+
 @given(
     st.lists(st.tuples(st.tuples(*[st.integers(0, 2)] * 3), st.floats(-4, 4)), max_size=6, unique_by=lambda a: a[0]),
     st.integers(0, 5),
@@ -111,7 +117,7 @@ def test_tokens_drawn_one_by_one_give_the_mixture_over_whole_answers(
         got = 0.0
         for i in range(3):
             u = s[:i]
-            shift = steering.lean(u, logp(u), lambda ids, u=u: [float(table[u][v]) for v in ids])
+            shift = steering.lean(u, logp(u), _of(table[u]))
             weights = [table[u][v] + shift.get(v, 0.0) for v in range(3)]
             got += weights[s[i]] - float(np.logaddexp.reduce(weights))
         assert math.exp(got) == pytest.approx(want[s] / total, abs=1e-9)
@@ -322,12 +328,13 @@ def test_a_tenant_is_kept_within_its_bound(store: SqlStore) -> None:
 
 def test_another_model_or_tokenizer_is_refused_with_both_digests(store: SqlStore) -> None:
     learn(opened(store), entry("x"), 1)
-    for what in ("base_sha256", "tokenizer_sha256"):
-        with pytest.raises(ForeignMemoryError, match=r"(base|tokens).*other"):
-            opened(store, **{what: "other"})
-    unknown = opened(store, base_sha256="", tokenizer_sha256="")  # without a model: to look at it, and to forget it
+    with pytest.raises(ForeignMemoryError, match=r"base.*other"):
+        opened(store, base="other")
+    with pytest.raises(ForeignMemoryError, match=r"tokens.*other"):
+        opened(store, tokenizer="other")
+    unknown = opened(store, base="", tokenizer="")  # without a model: to look at it, and to forget it
     assert unknown.forget("all", "", actor="test")["entries"] == 1
-    assert opened(store, base_sha256="other").stats()["entries"] == 0
+    assert opened(store, base="other").stats()["entries"] == 0
 
 
 def test_a_damaged_key_is_counted_and_can_be_made_anew(store: SqlStore) -> None:

@@ -18,6 +18,7 @@ from gradatim.memory.spaces import from_bytes
 from gradatim.types import EpisodeId, MemoryEntry, MemoryEpoch, MemoryKey, MemoryUse, StepId, Tombstone
 
 Floats = NDArray[np.float32]
+NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
 
 
 class Contents:
@@ -116,10 +117,11 @@ class Contents:
         since = self.since(tenant)
         own = self.indexes.get((tenant, space))
         other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
-        found = list(own.search(key, floor)) if own is not None else []
+        found = list(own.search(key, floor, NEIGHBOURS)) if own is not None else []
         if other is not None:
-            found += [(step, near) for step, near in other.search(key, floor) if own is None or step not in own]
-        for step_id, cosine in found:
+            elsewhere = other.search(key, floor, NEIGHBOURS)
+            found += [(step, near) for step, near in elsewhere if own is None or step not in own]
+        for step_id, cosine in sorted(found, key=lambda pair: -pair[1])[:NEIGHBOURS]:
             for entry_id in self.by_step.get(StepId(step_id), ()):
                 if self.entries[entry_id].epoch >= since:
                     yield self.entries[entry_id], cosine

@@ -64,8 +64,11 @@ class FlatIndex:
         found: Floats = self._keys[self._rows[entry_id]].copy()
         return found
 
-    def search(self, key: Floats, floor: float) -> Sequence[tuple[str, float]]:
-        """(id, cosine) of all that are at least ``floor`` near, in the order of their ids."""
+    def search(self, key: Floats, floor: float, most: int | None = None) -> Sequence[tuple[str, float]]:
+        """(id, cosine) of the nearest ``most`` of those that are at least ``floor`` near, in the order of their ids.
+        Of equally near ones at the end of these, which is left out is not said."""
         near = self._keys[: len(self._ids)] @ key  # (N,)
-        found = np.flatnonzero(near >= floor).tolist()
-        return sorted((self._ids[row], float(near[row])) for row in found)
+        found = np.flatnonzero(near >= floor)
+        if most is not None and len(found) > most:
+            found = found[np.argpartition(-near[found], most)[:most]]
+        return sorted((self._ids[row], float(near[row])) for row in found.tolist())
