@@ -96,9 +96,7 @@ class LearnerConfig:
     kl_replay_limit: float = 1.0  # nats a token from live on a batch's replayed answers: a step past it is taken back
     kl_fresh_limit: float = 0.3  # nats a token from live on the newest answers: a change past it is shortened
     kl_base_limit: float = 2.0  # nats a token between candidate and frozen model on fresh answers: its life's budget
-    length_limit: float = (
-        1.25  # times as long as the parent's: an update that makes fresh answers longer is cut; 0: off
-    )
+    length_limit: float = 1.5  # times as long as the parent's: an update that makes fresh answers longer is cut; 0: off
     habit_limit: float = 0.2  # rise of the chance that fresh answers repeat, refuse, flatter, or agree wrongly; 0: off
     ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
     agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
@@ -201,9 +199,19 @@ class CriticsConfig:
     __pydantic_config__ = _STRICT
     run: tuple[CriticConfig, ...] = ()
     implicit: tuple[Signal, ...] = ()  # signals of an episode's course; each is recorded as feedback
-    quiet_s: Annotated[float, Field(ge=0)] = (
-        60.0  # without an outcome, an episode is finished this long after its last step
-    )
+    quiet_s: Annotated[float, Field(ge=0)] = 60.0  # without an outcome, an episode is finished this long after a step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    __pydantic_config__ = _STRICT
+    decisions: bool = False  # answers that were judged change the next ones in the same situation
+    tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
+    label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02  # share of sure judgements that are wrong
+    width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
+    odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
+    max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first
+    harm: Annotated[int, Field(ge=1)] = 3  # an entry that harmed this many answers more than it helped is dropped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,13 +234,13 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    critics: CriticsConfig = field(default_factory=CriticsConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     @property
     def learn(self) -> bool:
         return self.mode != "observe"
-
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    critics: CriticsConfig = field(default_factory=CriticsConfig)
 
 
 _DIAL: Mapping[Caution, Mapping[str, Mapping[str, Any]]] = {

@@ -6,9 +6,9 @@ To bring your own, write a class with these methods (no base class is needed), c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from gradatim.types import (
     Adapter,
@@ -21,6 +21,7 @@ from gradatim.types import (
     EpisodeId,
     Example,
     Feedback,
+    Kept,
     Message,
     Move,
     Record,
@@ -35,7 +36,12 @@ from gradatim.types import (
     Verdict,
 )
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 R = TypeVar("R", bound=Record)
+K = TypeVar("K", bound=Kept)
 
 
 class Engine(Protocol):
@@ -55,6 +61,37 @@ class Engine(Protocol):
         """Give its memory back as soon as the last generation on it has ended."""
 
     def loaded(self) -> frozenset[AdapterId]: ...
+
+
+class Recollection(Protocol):
+    """What a memory adds to one request. The engine's thread calls it; it neither blocks nor waits for anybody, and
+    whatever it raises costs the request nothing but its memory."""
+
+    def situate(self, key: NDArray[np.float32]) -> None:
+        """The prompt has been read: ``key`` (H,) is the mean state of the model over the task's turn, H = hidden size
+        times the layers that the engine was told to look at."""
+
+    def lean(
+        self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
+    ) -> Mapping[int, float]:
+        """What to add to the log-probabilities of some next tokens of one choice, in nats; of all others nothing.
+
+        ``drawn``: its tokens so far; ``path_logprob``: their log-probability under the model alone; ``logprobs`` gives
+        those of next tokens, under the model alone.
+        """
+
+    def trace(self, tokens: Sequence[int]) -> Mapping[str, Any]:
+        """What it did to an answer of these tokens, for the record; empty where it had no part in it."""
+
+
+class Memory(Protocol):
+    """What was said of answers, and changes the next ones. Never blocks a request for longer than a search."""
+
+    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str) -> Recollection:
+        """For one request of a user that these weights answer."""
+
+    def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
+        """The request was answered and recorded as these steps; it may be judged from now on."""
 
 
 class Store(Protocol):
@@ -95,6 +132,23 @@ class Store(Protocol):
     def move(self, *moves: Move, verdicts: Sequence[Verdict] = (), cursors: Mapping[str, int] | None = None) -> None:
         """Change stages, with what justified it, all or nothing. TransitionError when the table or the rule of one
         live adapter per name forbids it, or when ``before`` is no longer the stage."""
+
+
+class Shelf(Protocol):
+    """Where a memory is kept: rows that may be replaced and deleted, beside the log. Safe to use from any thread."""
+
+    def load(self, kind: type[K], **where: str) -> Sequence[K]:
+        """All of a kind, or those whose columns are equal; in the order of their ids. StoreError."""
+
+    def change(
+        self,
+        *,
+        put: Sequence[Kept] = (),
+        drop: Sequence[tuple[type[Kept], Mapping[str, str]]] = (),
+        cursors: Mapping[str, int] | None = None,
+    ) -> None:
+        """Delete, then write (what has the same id is replaced), and set cursors: all or nothing, and durable when it
+        returns. StoreError."""
 
 
 class Router(Protocol):

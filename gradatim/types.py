@@ -13,7 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, NewType
+from typing import TYPE_CHECKING, Any, Literal, NewType
+
+if TYPE_CHECKING:
+    from gradatim.protocols import Recollection
 
 EpisodeId = NewType("EpisodeId", str)
 StepId = NewType("StepId", str)  # the response id of the wire; further choices of one response are "ID:1", "ID:2"
@@ -47,6 +50,7 @@ class Request:
     messages: tuple[Message, ...] | None = None
     prompt: str | tuple[int, ...] | None = None  # of /v1/completions
     sampling: Sampling = field(default_factory=Sampling)
+    recollection: Recollection | None = None  # what a memory adds to this request; None: nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,7 @@ class Token:
     text: str  # this token alone, decoded; may be a replacement character in the middle of a multi-byte one
     logprob: float  # of the model's own distribution, before temperature, top_p and penalties
     top: tuple[tuple[int, str, float], ...] = ()  # the most likely ones: (id, text, logprob)
+    drawn_logprob: float | None = None  # under what memory made of that distribution; None: memory had no part in it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +119,8 @@ class Step:
     coin: Mapping[AdapterId, float] = field(
         default_factory=dict
     )  # the share of each adapter, where one was tossed for it
+    drawn_logprobs: tuple[float, ...] = ()  # (T,) under what memory made of the model's distribution; (): as logprobs
+    memory: Mapping[str, Any] = field(default_factory=dict)  # what memory did to this answer; empty: it had no part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,3 +348,84 @@ class CaseScore:
 
 Record = Step | Feedback | Reward | Credit | Example | Update | Adapter | Verdict | Move
 RECORDS: Sequence[type[Record]] = (Step, Feedback, Reward, Credit, Example, Update, Adapter, Verdict, Move)
+
+
+# --------------------------------------------------------------- memory: kept beside the log, and deleted when asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEntry:
+    """One judged answer: in this situation, that is what was said of these tokens."""
+
+    id: str  # the step's id and "+" or "-"
+    tenant: str  # whose answers it may change
+    user: str
+    episode_id: EpisodeId
+    step_id: StepId  # of the answer that was judged; its prompt is the situation
+    created_at: float  # of that answer
+    tokens: tuple[int, ...]  # (T,)
+    logprobs: tuple[float, ...] = ()  # (T,) the model's own, where it sampled them; () for a correction
+    value: float  # in [-1, 1]: for or against, and how surely
+    sources: tuple[str, ...] = ()  # of the feedback it rests on
+    epoch: int = 0  # the newest one when it was written
+    position: int = 0  # of the newest feedback it rests on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryKey:
+    """Where the situation of a step lies in one key space. Derived: it can be made anew of the step's tokens."""
+
+    step_id: StepId
+    space: str
+    key: bytes  # (H,) float16, little-endian, then CRC-32 of that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySpace:
+    """What a key depends on. Keys of two spaces cannot be compared."""
+
+    id: str  # digest of all but the time and the adapter's name
+    base_sha256: str
+    tokenizer_sha256: str
+    adapter_id: AdapterId
+    adapter_sha256: str
+    layers: tuple[int, ...]
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """An answer that an entry was for, and what became of it."""
+
+    answer_id: StepId
+    entry_id: str
+    value: float  # of the answer: above 0 the entry helped, below it harmed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEpoch:
+    """From here on what was remembered before does not count, until it is undone."""
+
+    id: str
+    number: int  # 1, 2, ...
+    tenant: str | None  # None: of all tenants
+    created_at: float
+    actor: str
+    reason: str = ""
+    undone_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tombstone:
+    """What was given up to a time may never be remembered again."""
+
+    id: str
+    scope: Literal["user", "tenant", "episode", "source", "entry", "all"]
+    value: str
+    created_at: float
+    actor: str
+    reason: str = ""
+
+
+Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone
+KEPT: Sequence[type[Kept]] = (MemoryEntry, MemoryKey, MemorySpace, MemoryUse, MemoryEpoch, Tombstone)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
+from gradatim.app.memory import key_layers
 from gradatim.config import Config
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
@@ -79,7 +80,14 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.nn.render import Renderer
 
-    return TransformersEngine(base, Renderer(base), config.engine, config.data_dir, max_queue=config.server.max_queue)
+    return TransformersEngine(
+        base,
+        Renderer(base),
+        config.engine,
+        config.data_dir,
+        max_queue=config.server.max_queue,
+        key_layers=key_layers(config, base),
+    )
 
 
 def check_critics(config: Config) -> None:

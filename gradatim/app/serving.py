@@ -26,6 +26,7 @@ from gradatim.app import compose
 from gradatim.app.administration import Administration
 from gradatim.app.home import Home
 from gradatim.app.learning import handover
+from gradatim.app.memory import Remembering, build_memory, show_figures
 from gradatim.app.supervisor import DIES_WITH, Supervisor, die_with_parent
 from gradatim.config import Config
 from gradatim.errors import AdapterError, ConfigError, InUseError, StoreError
@@ -106,7 +107,8 @@ def serve(config: Config, announce: Callable[[str], None]) -> None:
             runner = held.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
             compose.register_base(store, config, base.sha256)
             engine = held.enter_context(contextlib.closing(compose.build_engine(config, base)))
-            runner.run(_answer(config, home, store, alone, engine, sock, announce))
+            remembering = build_memory(config, store, base, engine)
+            runner.run(_answer(config, home, store, alone, engine, remembering, sock, announce))
 
 
 async def _answer(
@@ -115,6 +117,7 @@ async def _answer(
     store: SqlStore,
     alone: Exclusive,
     engine: TransformersEngine,
+    remembering: Remembering,
     sock: socket.socket,
     announce: Callable[[str], None],
 ) -> None:
@@ -129,7 +132,17 @@ async def _answer(
         turn_to=lambda: asyncio.run_coroutine_threadsafe(traffic.refresh(), here).result(),
     )
     metrics = _metrics(traffic, supervisor, home)
-    app = build_app(engine=engine, store=store, router=traffic, config=config, admin=admin, metrics=metrics)
+    show_figures(remembering, metrics.registry)
+    app = build_app(
+        engine=engine,
+        store=store,
+        router=traffic,
+        config=config,
+        admin=admin,
+        metrics=metrics,
+        memory=remembering.on,
+        memory_admin=remembering.kept,
+    )
     server = _Uvicorn(
         uvicorn.Config(
             app,
@@ -150,6 +163,8 @@ async def _answer(
     }
     if supervisor is not None:
         work["supervisor"] = supervisor.run()
+    if remembering.follower is not None:
+        work["memory"] = remembering.follower.watch()
     tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in work.items()]
     for task in tasks:
         task.add_done_callback(lambda done: _end_with(done, server))

@@ -7,15 +7,24 @@ of batches, caches or models.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
 
 from gradatim.engine.sampling import Drawn, Draws, new_draws
 from gradatim.engine.text import StopFilter
 from gradatim.nn.render import Renderer
+from gradatim.protocols import Recollection
 from gradatim.types import AdapterId, Delta, Sampling, Started, Token
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+logger = logging.getLogger(__name__)
 Event = Started | Delta | Exception
 
 
@@ -32,6 +41,67 @@ class Generation:
     loop: asyncio.AbstractEventLoop
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: bool = False  # the caller has left
+    recollection: Recollection | None = None
+    turn: tuple[int, int] = (0, 0)  # the prompt tokens [a, b) over which the key of a memory is averaged
+    seen: Tensor | None = None  # (H,) sum of the states of those that were read
+    memory_failed: bool = False
+
+    def look(self, states: Tensor, start: int) -> None:
+        """``states`` (T, H) of the prompt's tokens from position ``start`` on."""
+        first, last = (min(max(at - start, 0), len(states)) for at in self.turn)
+        if self.recollection is None or first >= last:
+            return
+        seen = states[first:last].float().sum(0)
+        self.seen = seen if self.seen is None else self.seen + seen
+
+    def situate(self) -> None:
+        """The prompt is read: tell the memory where we are."""
+        if self.recollection is None:
+            return
+        try:
+            if self.seen is None:
+                raise ValueError("no token of the task's turn was read")
+            self.recollection.situate((self.seen / (self.turn[1] - self.turn[0])).cpu().numpy())
+        except Exception:  # noqa: BLE001 - the boundary to the memory: an answer without it is better than none
+            self._forget()
+
+    def lean(self, choice: Choice, logits: Tensor) -> None:
+        """Ask the memory about the next token of a choice; ``logits`` (V,) are the model's own."""
+        choice.draws.memory = {}
+        if self.recollection is None:
+            return
+
+        def logprobs(ids: Sequence[int]) -> Sequence[float]:
+            wanted: list[float] = (logits[list(ids)] - logits.logsumexp(-1)).tolist()
+            return wanted
+
+        try:
+            choice.draws.memory = self.recollection.lean(choice.ids, choice.path_logprob, logprobs)
+        except Exception:  # noqa: BLE001 - as above
+            self._forget()
+
+    def _forget(self) -> None:
+        logger.exception("the memory failed; the answer goes on without it")
+        self.recollection = None
+        self.memory_failed = True
+
+
+@dataclass(slots=True)
+class KeyReader:
+    """A recollection that only keeps where it was asked; implements ``protocols.Recollection``."""
+
+    key: NDArray[np.float32] | None = None
+
+    def situate(self, key: NDArray[np.float32]) -> None:
+        self.key = key
+
+    def lean(
+        self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
+    ) -> Mapping[int, float]:
+        return {}
+
+    def trace(self, tokens: Sequence[int]) -> Mapping[str, Any]:
+        return {}
 
 
 class Choice:
@@ -41,6 +111,7 @@ class Choice:
         self.generation = generation
         self.index = index
         self.ids: list[int] = []  # drawn so far
+        self.path_logprob = 0.0  # of those, under the model alone
         self.draws: Draws = new_draws(generation.sampling, index)
         self._eos_ids = eos_ids
         self._token_text = renderer.token_text
@@ -50,8 +121,15 @@ class Choice:
     def take(self, drawn: Drawn) -> Delta:
         """Add one token; the delta has a finish reason where it was the last one."""
         self.ids.append(drawn.id)
+        self.path_logprob += drawn.logprob
         top = tuple((i, self._token_text(i), logprob) for i, logprob in drawn.top)
-        token = Token(id=drawn.id, text=self._token_text(drawn.id), logprob=drawn.logprob, top=top)
+        token = Token(
+            id=drawn.id,
+            text=self._token_text(drawn.id),
+            logprob=drawn.logprob,
+            top=top,
+            drawn_logprob=drawn.logprob + drawn.shift if self.generation.recollection is not None else None,
+        )
         ended = drawn.id in self._eos_ids
         text = self._stop.push("" if ended else self._text.push(drawn.id))
         reason: Literal["stop", "length"] | None = None

@@ -25,9 +25,11 @@ _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # of a logit, re
 class Runner:
     """Rows of tokens in, logits out. Used by one thread. ModelError where the architecture is not supported."""
 
-    def __init__(self, base: Base, slots: int, lora_slots: int) -> None:
+    def __init__(self, base: Base, slots: int, lora_slots: int, key_layers: Sequence[int] = ()) -> None:
         self._base = base
         self._model = _private_copy(base.model)
+        self._states: dict[int, Tensor] = {}  # of the last forward pass, by layer: what goes into it, (N, H)
+        self._watch(key_layers)
         probe = _probe_ids(self._model.config.get_text_config().vocab_size, base.device)
         want, shape = _reference(base, probe, slots)
         self.cache = RowCache(shape, base.dtype, base.device)
@@ -40,6 +42,21 @@ class Runner:
     @property
     def device(self) -> torch.device:
         return self._base.device
+
+    def states(self) -> Tensor:
+        """What went into the watched layers in the last forward pass, side by side: (N, layers * H)."""
+        return torch.cat([self._states[layer] for layer in sorted(self._states)], -1)
+
+    def _watch(self, layers: Sequence[int]) -> None:
+        stack: Any = getattr(self._model.base_model, "layers", None)
+        if layers and (stack is None or max(layers) >= len(stack)):
+            raise ModelError(f"memory cannot look into the layers of {type(self._model).__name__}: turn it off")
+        for layer in layers:
+
+            def keep(module: Any, args: Any, kwargs: Any, layer: int = layer) -> None:
+                self._states[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+            stack[layer].register_forward_pre_hook(keep, with_kwargs=True)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], decoding: int) -> Tensor:

@@ -5,9 +5,10 @@ It knows nothing of text, stop strings or where the logits come from. Shapes: M 
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +27,7 @@ class Draws:
     sampling: Sampling
     random: random.Random
     counts: Counter[int] = field(default_factory=Counter)  # tokens drawn so far
+    memory: Mapping[int, float] = field(default_factory=dict)  # nats that a memory adds to next tokens, for one draw
 
     @property
     def greedy(self) -> bool:
@@ -34,7 +36,8 @@ class Draws:
     @property
     def shifted(self) -> bool:
         s = self.sampling
-        return bool(s.logit_bias) or (bool(self.counts) and bool(s.presence_penalty or s.frequency_penalty))
+        penalised = bool(self.counts) and bool(s.presence_penalty or s.frequency_penalty)
+        return bool(s.logit_bias) or penalised or bool(self.memory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,7 @@ class Drawn:
     id: int
     logprob: float  # nats, before temperature, top_p, penalties and bias
     top: tuple[tuple[int, float], ...] = ()
+    shift: float = 0.0  # nats that the log-probability was moved by what a memory added
 
 
 def new_draws(sampling: Sampling, index: int) -> Draws:
@@ -65,7 +69,8 @@ def draw(logits: Tensor, draws: Sequence[Draws]) -> list[Drawn | None]:
             out.append(None)
             continue
         d.counts[token_id] += 1
-        out.append(Drawn(token_id, logprob, _top(logits[row] - total[row], d.sampling.top_logprobs)))
+        top = _top(logits[row] - total[row], d.sampling.top_logprobs)
+        out.append(Drawn(token_id, logprob, top, _memory_shift(logits[row], total[row], d, token_id)))
     return out
 
 
@@ -79,9 +84,20 @@ def _shift(logits: Tensor, d: Draws) -> Tensor:
         seen = torch.tensor(list(d.counts), device=logits.device)
         count = torch.tensor(list(d.counts.values()), dtype=logits.dtype, device=logits.device)
         logits[seen] -= s.frequency_penalty * count + s.presence_penalty
-    for token_id, bias in s.logit_bias.items():
+    for token_id, bias in (*s.logit_bias.items(), *d.memory.items()):
         logits[token_id] += bias
     return logits
+
+
+def _memory_shift(logits: Tensor, total: Tensor, d: Draws, token_id: int) -> float:
+    """log q(token) - log p(token) with q(v) = p(v) e^m(v) / sum_u p(u) e^m(u), for the few v that have an m."""
+    if not d.memory:
+        return 0.0
+    at = torch.tensor(list(d.memory), device=logits.device)
+    moved = torch.tensor(list(d.memory.values()), dtype=torch.float64, device=logits.device)
+    p = (logits[at] - total).double().exp()
+    mass = 1.0 + float((p * moved.expm1()).sum())
+    return d.memory.get(token_id, 0.0) - math.log(max(mass, 1e-12))
 
 
 def _draw_row(logits: Tensor, d: Draws) -> int:

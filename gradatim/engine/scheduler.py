@@ -143,6 +143,7 @@ class Scheduler:
                 name: float(self._counts[name])
                 for name in ("steps", "generated_tokens", "prompt_tokens", "prefix_hit_tokens", "aborted", "failed")
             },
+            "memory_failed": float(self._counts["memory_failed"]),
             **steps,
         }
 
@@ -204,7 +205,7 @@ class Scheduler:
 
     def _begin(self, generation: Generation, first: Row) -> None:
         """Restore what is cached of the prompt; at least its last token is read, for its logits."""
-        ids = generation.prompt_ids[:-1]
+        ids = generation.prompt_ids[: self._reread_from(generation)]
         known = self._prefix.match(generation.prefix_key, ids)
         try:
             self._reserve(known)
@@ -216,6 +217,11 @@ class Scheduler:
         self._counts["prefix_hit_tokens"] += first.length
         self._counts["prompt_tokens"] += len(generation.prompt_ids)
         self._send(generation, Started(prompt_ids=generation.prompt_ids, cached_tokens=first.length))
+
+    def _reread_from(self, generation: Generation) -> int:
+        """What a memory is to look at is read, whether it is cached or not."""
+        last = len(generation.prompt_ids) - 1
+        return last if generation.recollection is None else min(last, generation.turn[0])
 
     def _reserve(self, positions: int) -> None:
         self._runner.cache.reserve(positions, [row.length for row in self._rows])
@@ -278,6 +284,7 @@ class Scheduler:
 
     def _advance(self, rows: Sequence[Row], segments: Sequence[Segment], logits: Tensor) -> None:
         """Count what was read, begin the choices of finished prompts, draw a token for each row with logits."""
+        self._look(rows, segments)
         drawing: list[Row] = []
         pick: list[int] = []  # which of the logits each one draws from
         at = 0
@@ -293,6 +300,7 @@ class Scheduler:
             return
         if len(pick) != at:
             logits = logits[torch.tensor(pick, device=logits.device)]
+        self._remember(drawing, logits)
         drawn = draw(logits, [row.choice.draws for row in drawing])
         for row, token in zip(drawing, drawn, strict=True):
             if row.generation not in self._open:
@@ -306,9 +314,26 @@ class Scheduler:
             if delta.finish_reason:
                 self._finish(row)
 
+    def _look(self, rows: Sequence[Row], segments: Sequence[Segment]) -> None:
+        """Show the states of prompts that were read to the requests that have a memory."""
+        at = 0
+        for row, segment in zip(rows, segments, strict=True):
+            if row.reads and row.generation.recollection is not None:
+                row.generation.look(self._runner.states()[at : at + len(segment.ids)], segment.start)
+            at += len(segment.ids)
+
+    def _remember(self, drawing: Sequence[Row], logits: Tensor) -> None:
+        """What memories add to the next tokens of the rows that have one."""
+        for i, row in enumerate(drawing):
+            if row.generation.recollection is not None:
+                row.generation.lean(row.choice, logits[i])
+                self._counts["memory_failed"] += row.generation.memory_failed
+
     def _finish_prompt(self, row: Row) -> list[Row]:
         """The prompt is read: remember it, hand it to the further choices, and let them all decode."""
         generation = row.generation
+        generation.situate()
+        self._counts["memory_failed"] += generation.memory_failed
         self._prefix.insert(generation.prefix_key, generation.prompt_ids, self._runner.cache, row.slot)
         started = [row, *row.siblings]
         for other in row.siblings:

@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING
 
 from gradatim.config import EngineConfig
 from gradatim.engine.adapters import BASE_SLOT, AdapterPool
-from gradatim.engine.generation import Generation
+from gradatim.engine.generation import Generation, KeyReader
 from gradatim.engine.runner import Runner
 from gradatim.engine.scheduler import Scheduler
 from gradatim.errors import AdapterError, EngineError, InvalidRequestError, PromptTooLongError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.nn.render import Renderer
-from gradatim.types import Adapter, AdapterId, Delta, Request, Sampling, Started
+from gradatim.types import Adapter, AdapterId, Delta, Message, Request, Sampling, Started, Step
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _BASE_PREFIX = ""  # all names share what the base made
 
@@ -28,16 +33,24 @@ _BASE_PREFIX = ""  # all names share what the base made
 class TransformersEngine:
     """Continuous batching over a base model and its adapters.
 
-    ``data_dir`` is what adapters' paths are relative to; ``max_queue`` bounds the requests waiting or running.
+    ``data_dir`` is what adapters' paths are relative to; ``max_queue`` bounds the requests waiting or running;
+    ``key_layers`` are those whose input is the key of a memory (none: it cannot be asked).
     ModelError where the embedded engine does not support the architecture.
     """
 
     def __init__(
-        self, base: Base, renderer: Renderer, config: EngineConfig, data_dir: Path, *, max_queue: int = 256
+        self,
+        base: Base,
+        renderer: Renderer,
+        config: EngineConfig,
+        data_dir: Path,
+        *,
+        max_queue: int = 256,
+        key_layers: Sequence[int] = (),
     ) -> None:
         self._base, self._renderer, self._config, self._data_dir = base, renderer, config, data_dir
         self._context_tokens = min(base.context_tokens, config.max_context_tokens or base.context_tokens)
-        self._runner = Runner(base, config.max_batch, config.adapter_slots)
+        self._runner = Runner(base, config.max_batch, config.adapter_slots, key_layers)
         self._pool = AdapterPool(config.adapter_slots, freed=self._forget)
         self._loading = Lock()
         self._scheduler = Scheduler(
@@ -53,8 +66,24 @@ class TransformersEngine:
     async def generate(self, request: Request, adapter_id: AdapterId) -> AsyncIterator[Started | Delta]:
         """See ``protocols.Engine``. Besides, ValueError where the request cannot be rendered or sampled, and
         EngineError where the generation broke on its way."""
-        generation = await self._submit(request, adapter_id)
-        running = request.sampling.n
+        generation = await self._submit(request, adapter_id, request.messages)
+        async for event in self._events(generation):
+            yield event
+
+    async def key(self, step: Step, adapter_id: AdapterId) -> NDArray[np.float32]:
+        """Where a memory would place a step that was answered before, under that adapter: its prompt is read again,
+        in its turn among the others. Errors as of ``generate``."""
+        reader = KeyReader()
+        sampling = Sampling(max_tokens=1, temperature=0.0)
+        request = Request(prompt=step.prompt_ids, sampling=sampling, recollection=reader)
+        async for _ in self._events(await self._submit(request, adapter_id, step.messages)):
+            pass
+        if reader.key is None:
+            raise EngineError("the prompt was read without its key: the log says why")
+        return reader.key
+
+    async def _events(self, generation: Generation) -> AsyncIterator[Started | Delta]:
+        running = generation.sampling.n
         try:
             while running:
                 event = await generation.events.get()
@@ -84,7 +113,7 @@ class TransformersEngine:
         """End the worker thread; what runs fails with EngineError."""
         self._scheduler.close()
 
-    async def _submit(self, request: Request, adapter_id: AdapterId) -> Generation:
+    async def _submit(self, request: Request, adapter_id: AdapterId, messages: Sequence[Message] | None) -> Generation:
         slot = self._pool.acquire(adapter_id)
         submitted = False
         try:
@@ -99,6 +128,9 @@ class TransformersEngine:
                 _BASE_PREFIX if slot == BASE_SLOT else adapter_id,
                 asyncio.get_running_loop(),
             )
+            if request.recollection is not None:
+                generation.recollection = request.recollection
+                generation.turn = await asyncio.to_thread(self._renderer.turn, prompt_ids, messages)
             self._scheduler.submit(generation)
             submitted = True
         finally:

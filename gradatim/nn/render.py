@@ -6,6 +6,8 @@ drew is never tokenised again.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from threading import Lock
@@ -72,9 +74,28 @@ class Renderer:
             return ()
         return (*prompt_ids[:cut], *hinted[start:])
 
+    def turn(self, prompt_ids: Sequence[int], messages: Sequence[Message] | None) -> tuple[int, int]:
+        """Where the text of the last message stands in the prompt: tokens [a, b), never empty. The whole prompt where
+        there are no messages, or where they cannot be found in it."""
+        whole = (0, len(prompt_ids))
+        if not messages:
+            return whole
+        try:
+            without = self.prompt_ids([*messages[:-1], {**messages[-1], "content": ""}])
+        except InvalidRequestError:
+            return whole
+        start = _common(prompt_ids, without)
+        end = len(prompt_ids) - _common(prompt_ids[start:][::-1], without[start:][::-1])
+        return (start, end) if start < end else whole
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some tokens, without special ones."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def digest(self) -> str:
+        """SHA-256 of the vocabulary and the chat template: what token ids mean depends on them."""
+        told = {"vocabulary": self._tokenizer.get_vocab(), "template": self._tokenizer.chat_template}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
     def stream(self) -> TextStream:
         return TextStream(self)
@@ -140,6 +161,11 @@ class TextStream:
         before = self._renderer.decode(self._ids[self._start : self._given])
         self._start, self._given = self._given, len(self._ids)
         return whole[len(before) :]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the beginning that both share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _plain(message: Message, index: int) -> dict[str, Any]:

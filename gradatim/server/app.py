@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from gradatim.config import Config
 from gradatim.errors import GradatimError
-from gradatim.protocols import Engine, Router, Store
+from gradatim.protocols import Engine, Memory, Router, Store
 from gradatim.server.admin import Admin, AdminRoutes
 from gradatim.server.completions import Completions
 from gradatim.server.edge import Edge
@@ -23,14 +23,23 @@ from gradatim.server.explain import ExplainRoutes
 from gradatim.server.feedback import FeedbackRoutes
 from gradatim.server.generation import Services
 from gradatim.server.health import Writes
+from gradatim.server.memory import MemoryAdmin, MemoryRoutes
 from gradatim.server.metrics import Metrics
 from gradatim.server.problems import ApiError, problem
 
 
 def build_app(
-    *, engine: Engine, store: Store, router: Router, config: Config, admin: Admin, metrics: Metrics | None = None
+    *,
+    engine: Engine,
+    store: Store,
+    router: Router,
+    config: Config,
+    admin: Admin,
+    metrics: Metrics | None = None,
+    memory: Memory | None = None,
+    memory_admin: MemoryAdmin | None = None,
 ) -> Starlette:
-    """The ASGI application. Starts and stops nothing: engine and store belong to the caller."""
+    """The ASGI application. Starts and stops nothing: engine, store and memory belong to the caller."""
     metrics = metrics or Metrics()
     metrics.watch(engine)
     writes = Writes()
@@ -43,14 +52,15 @@ def build_app(
         metrics=metrics,
         writes=writes,
         max_queue=config.server.max_queue,
+        memory=memory,
     )
     completions = Completions(services, limit)
     feedback = FeedbackRoutes(store, metrics, writes, sources=config.reward.weights, max_body_bytes=limit)
-    explain = ExplainRoutes(store)
+    explain = ExplainRoutes(store, memory_admin)
     operator = AdminRoutes(
         admin=admin, engine=engine, store=store, router=router, metrics=metrics, writes=writes, name=config.name
     )
-    v1 = _v1(completions, feedback, explain, operator)
+    v1 = _v1(completions, feedback, explain, operator) + _memory(MemoryRoutes(memory_admin))
     app = Starlette(
         routes=[
             Mount("/v1", routes=v1),
@@ -90,6 +100,17 @@ def _v1(
         Route("/adapters/{id}/approve", operator.approve, methods=["POST"]),
         Route("/adapters/{id}/reject", operator.reject, methods=["POST"]),
         Route("/status", operator.status),
+    ]
+
+
+def _memory(memory: MemoryRoutes) -> list[BaseRoute]:
+    return [
+        Route("/memory", memory.stats),
+        Route("/memory/entries", memory.entries),
+        Route("/memory/check", memory.check),
+        Route("/memory/epoch", memory.epoch, methods=["POST"]),
+        Route("/memory/undo-epoch", memory.undo_epoch, methods=["POST"]),
+        Route("/memory/forget", memory.forget, methods=["POST"]),
     ]
 
 

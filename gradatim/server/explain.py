@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gradatim.protocols import Store
+from gradatim.server.memory import MemoryAdmin
 from gradatim.server.problems import ApiError, json_response
 from gradatim.server.records import backwards, newest, plain
 from gradatim.types import Adapter, Credit, EpisodeId, Example, Feedback, Move, Reward, Step, StepId, Update, Verdict
@@ -25,8 +26,8 @@ Json = dict[str, Any]
 class ExplainRoutes:
     """Episodes, and the story of one answer."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, memory: MemoryAdmin | None = None) -> None:
+        self._store, self._memory = store, memory
 
     async def list_episodes(self, request: Request) -> Response:
         """Newest first. ``after`` is ``next_after`` of the page before."""
@@ -111,8 +112,13 @@ class ExplainRoutes:
             "examples": plain([example for _, example in examples]),
             "updates": [_use(update, {example.id for _, example in examples}) for update in updates],
             "adapters": [self._adapter(u.adapter_id) for u in updates if u.adapter_id],
+            "memory": {"of_it": plain(step.memory), "from_it": self._remembered(step.id)},
             "summary": _summary(step, feedback, reward, {example.id for _, example in examples}, updates),
         }
+
+    def _remembered(self, step_id: StepId) -> list[Json]:
+        """The entries that were made of it."""
+        return [] if self._memory is None else plain(self._memory.show(step_id=step_id))
 
     def _updates(self, examples: Sequence[tuple[int, Example]]) -> list[Update]:
         """Updates that trained on, replayed or left out any of these; SCAN after the oldest example are looked at."""

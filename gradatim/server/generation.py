@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter, time
 from typing import Any
 
 from gradatim.errors import EngineError, OverloadedError, UnknownAdapterError
-from gradatim.protocols import Engine, Router, Store
+from gradatim.protocols import Engine, Memory, Recollection, Router, Store
 from gradatim.server.episodes import Chain, Episodes
 from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
@@ -55,6 +55,7 @@ class Services:
     metrics: Metrics
     writes: Writes
     max_queue: int
+    memory: Memory | None = None
     running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
 
 
@@ -65,6 +66,7 @@ class Generation:
     prompt_ids: tuple[int, ...] = ()
     cached_tokens: int = 0
     captured: bool = False
+    memory: Mapping[str, Any] = {}
 
     def __init__(
         self, services: Services, call: Call, *, episode_id: EpisodeId, chain: Chain | None, side: bool
@@ -78,6 +80,7 @@ class Generation:
         self._chain = chain
         self._trainable = not side
         self._events: AsyncIterator[Started | Delta] | None = None
+        self._recollection: Recollection | None = None
         self._began_at = perf_counter()
         self._started = False
         self._finished = False
@@ -97,11 +100,26 @@ class Generation:
 
     async def _open(self) -> Started:
         self.route = await self._services.router.route(self.call.model, self.episode_id)
-        self._events = self._services.engine.generate(self.call.request, self.route.adapter_id)
+        self._recollection = self._recollect()
+        request = self.call.request
+        if self._recollection is not None:
+            request = replace(request, recollection=self._recollection)
+        self._events = self._services.engine.generate(request, self.route.adapter_id)
         event = await anext(self._events, None)
         if not isinstance(event, Started):
             raise EngineError("the engine did not begin with its prompt")
         return event
+
+    def _recollect(self) -> Recollection | None:
+        memory, route = self._services.memory, self.route
+        if memory is None:
+            return None
+        try:
+            return memory.recollect(self.call.user, route.adapter_id, route.adapter_sha256)
+        except Exception:  # the boundary to the memory: an answer without it is better than none
+            self._services.metrics.memory_failed.inc()
+            log.exception("the memory failed; the answer goes on without it")
+            return None
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The engine's deltas, kept as they pass. EngineError where it ends before every choice has."""
@@ -129,7 +147,7 @@ class Generation:
         """Record every choice, and wait until that is durable. ``captured`` says whether it is."""
         self._finished = True
         self._count("ok")
-        self.captured = await self._capture(self._steps())
+        await self._record()
 
     async def close(self) -> None:
         """Abort what still runs, and record what came until then. May be called at any time, and twice."""
@@ -141,7 +159,7 @@ class Generation:
         if self._started and not self._finished:
             self._finished = True
             self._count("aborted")
-            self.captured = await self._capture(self._steps())
+            await self._record()
 
     @property
     def completion_tokens(self) -> int:
@@ -152,12 +170,23 @@ class Generation:
         metrics.responses.labels(outcome).inc()
         metrics.tokens(prompt=len(self.prompt_ids), cached=self.cached_tokens, completion=self.completion_tokens)
 
+    async def _record(self) -> None:
+        steps = self._steps()
+        self.memory = steps[0].memory
+        self.captured = await self._capture(steps)
+        if self._recollection is not None and self._services.memory is not None:
+            steered = any(step.memory for step in steps)
+            self._services.memory.answered(self._recollection, [step.id for step in steps], steered=steered)
+
     def _steps(self) -> list[Step]:
         begun = [(i, choice) for i, choice in enumerate(self.choices) if i == 0 or choice.deltas]
         return [self._step(i, choice) for i, choice in begun]
 
     def _step(self, index: int, choice: Choice) -> Step:
         text = choice.text
+        tokens = [token for delta in choice.deltas for token in delta.tokens]
+        memory = {} if self._recollection is None else self._recollection.trace(choice.token_ids)
+        drawn = tuple(t.logprob if t.drawn_logprob is None else t.drawn_logprob for t in tokens)
         complete = bool(choice.finish_reason)
         return Step(
             id=StepId(self.id if index == 0 else f"{self.id}:{index}"),
@@ -170,7 +199,7 @@ class Generation:
             messages=self.call.messages,
             prompt_ids=self.prompt_ids,
             completion_ids=tuple(choice.token_ids),
-            logprobs=tuple(token.logprob for delta in choice.deltas for token in delta.tokens),
+            logprobs=tuple(token.logprob for token in tokens),
             text=text,
             finish_reason=choice.finish_reason or "aborted",
             sampling=_plain_sampling(self.call),
@@ -180,6 +209,8 @@ class Generation:
             chain_key=self._chain.key(text) if self._chain and complete else "",
             latency_s=perf_counter() - self._began_at,
             coin=self.route.coin,
+            drawn_logprobs=drawn if memory else (),
+            memory=memory,
         )
 
     async def _capture(self, steps: list[Step]) -> bool:

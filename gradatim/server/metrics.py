@@ -49,6 +49,7 @@ class Metrics:
         self.responses = Counter("gradatim_responses", "generations ended", ["outcome"], registry=r)
         self.feedback = Counter("gradatim_feedback", "opinions recorded", ["kind"], registry=r)
         self.lost = Counter("gradatim_capture_lost", "steps that were answered but not recorded", registry=r)
+        self.memory_failed = Counter("gradatim_memory_failed", "requests that went without their memory", registry=r)
         self.live_step = Gauge("gradatim_live_adapter_step", "step of the live adapter", registry=r)
 
     def watch(self, engine: object) -> None:

@@ -25,7 +25,11 @@ def provenance(gen: Generation, *, final: bool) -> Json:
         "adapter_sha256": route.adapter_sha256,
         "stage": route.stage,
     }
-    return out | {"captured": gen.captured} if final else out
+    if not final:
+        return out
+    if gen.memory:
+        out["memory"] = {name: gen.memory[name] for name in ("weight", "near") if name in gen.memory}
+    return out | {"captured": gen.captured}
 
 
 def headers(gen: Generation) -> dict[str, str]:

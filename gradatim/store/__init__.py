@@ -7,6 +7,7 @@ Knows the records and how to keep them; knows nothing of what they mean to servi
 """
 
 from gradatim.store.exclusive import Exclusive
+from gradatim.store.shelf import SqlShelf
 from gradatim.store.sql import SqlStore, open_store
 
-__all__ = ["Exclusive", "SqlStore", "open_store"]
+__all__ = ["Exclusive", "SqlShelf", "SqlStore", "open_store"]

@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 from sqlalchemy import BigInteger, Boolean, Column, Double, RowMapping
 
 from gradatim.errors import RecordError, StoreError
-from gradatim.store.schema import TABLES, Codec
-from gradatim.types import Record
+from gradatim.store.schema import SHELF, TABLES, Codec
+from gradatim.types import Kept, Record
 
 R = TypeVar("R", bound=Record)
+K = TypeVar("K", bound=Kept)
 Row = dict[str, Any]
 
 
@@ -58,17 +59,35 @@ def _encoder(column: Column[Any]) -> Callable[[Any], Any]:
     return _int if isinstance(column.type, BigInteger) else _text
 
 
-_FIELDS = {kind: [c for c in table.columns if c.name != "log_position"] for kind, table in TABLES.items()}
+_ALL = {**TABLES, **SHELF}
+_FIELDS = {kind: [c for c in table.columns if c.name != "log_position"] for kind, table in _ALL.items()}
 _ENCODERS = {kind: [(c.name, _encoder(c), bool(c.nullable)) for c in fields] for kind, fields in _FIELDS.items()}
 _CODED = {kind: [(c.name, c.info["codec"]) for c in fields if c.info] for kind, fields in _FIELDS.items()}
 
 
 def to_row(record: Record) -> Row:
     """RecordError where a field cannot be kept."""
-    if type(record) not in _ENCODERS:
+    if type(record) not in TABLES:
         raise RecordError(
             f"{type(record).__name__} is not a kind of record; the store keeps those of gradatim.types.RECORDS"
         )
+    return _encoded(record)
+
+
+def to_kept(kind: type[K], row: RowMapping) -> K:
+    """What stands in a row of a memory. StoreError where it is damaged."""
+    try:
+        return kind(**_decoded(kind, row))
+    except (TypeError, ValueError, struct.error) as e:
+        raise StoreError(f"a {kind.__name__} is damaged ({type(e).__name__}); restore it from a backup") from e
+
+
+def from_kept(kept: Kept) -> Row:
+    """RecordError where a field cannot be kept."""
+    return _encoded(kept)
+
+
+def _encoded(record: Record | Kept) -> Row:
     row: Row = {}
     for name, encode, nullable in _ENCODERS[type(record)]:
         value = getattr(record, name)
@@ -82,13 +101,18 @@ def to_row(record: Record) -> Row:
 
 def to_record(kind: type[R], row: RowMapping) -> tuple[int, R]:
     """The record of a row with ``log_position``, and that position. StoreError where the row is damaged."""
-    fields = dict(row)
-    position: int = fields.pop("log_position")
+    position: int = row["log_position"]
     try:
-        for name, codec in _CODED[kind]:
-            fields[name] = codec.missing if fields[name] is None else codec.decode(fields[name])
-        return position, kind(**fields)
+        return position, kind(**_decoded(kind, row))
     except (TypeError, ValueError, struct.error) as e:
         raise StoreError(
             f"the {kind.__name__} at position {position} is damaged ({type(e).__name__}); restore it from a backup"
         ) from e
+
+
+def _decoded(kind: type[Any], row: RowMapping) -> dict[str, Any]:
+    fields = dict(row)
+    fields.pop("log_position", None)
+    for name, codec in _CODED[kind]:
+        fields[name] = codec.missing if fields[name] is None else codec.decode(fields[name])
+    return fields

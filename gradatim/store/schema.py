@@ -1,4 +1,4 @@
-"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, and four that are not records.
+"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, six of a memory, and four of facts.
 
 A column has the name of the field it keeps. ``log_position`` is the record's place in the log, unique and rising over
 all tables (``position`` is a field of some records: the newest feedback they rest on). Three ways to keep a value:
@@ -29,10 +29,16 @@ from gradatim.types import (
     Decision,
     Example,
     Feedback,
+    MemoryEntry,
+    MemoryEpoch,
+    MemoryKey,
+    MemorySpace,
+    MemoryUse,
     Move,
     Reward,
     Stage,
     Step,
+    Tombstone,
     Update,
     Verdict,
 )
@@ -68,7 +74,8 @@ def _array(code: str, size_bytes: int) -> Codec:
 
 TOKENS = _array("i", 4)
 FLOATS = _array("d", 8)
-JSON = Codec(encode=_dump, decode=json.loads)
+BYTES = Codec(encode=bytes, decode=bytes)
+JSON = Codec(encode=_dump, decode=json.loads, missing={})
 JSON_TUPLE = Codec(encode=lambda values: _dump(list(values)), decode=lambda text: tuple(json.loads(text)))
 STAGE = Codec(encode=lambda stage: Stage(stage).value, decode=Stage)
 DECISION = Codec(encode=lambda decision: Decision(decision).value, decode=Decision)
@@ -93,7 +100,7 @@ def _bool(name: str) -> Column[bool]:
 
 
 def _coded(name: str, codec: Codec, *, null: bool = False) -> Column[Any]:
-    kept = LargeBinary if codec in (TOKENS, FLOATS) else Text
+    kept = LargeBinary if codec in (TOKENS, FLOATS, BYTES) else Text
     return Column(name, kept, nullable=null, info={"codec": codec})
 
 
@@ -141,6 +148,8 @@ steps = _log(
     _key("chain_key"),
     _float("latency_s"),
     Column("coin", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
+    _coded("drawn_logprobs", FLOATS, null=True),  # (T,)
+    _coded("memory", JSON, null=True),
     by=("id", "episode_id", "chain_key", "adapter_id", "user"),
     unique="id",
 )
@@ -276,6 +285,80 @@ TABLES: Mapping[type[Any], Table] = {
     Adapter: adapters,
     Verdict: verdicts,
     Move: moves,
+}
+
+# ------------------------------------------------------------------- what is remembered, and may be forgotten
+
+
+def _shelf(name: str, *columns: Column[Any], by: Sequence[str] = ()) -> Table:
+    """A table of rows with ids of their own. ``by``: further columns by which they are found and deleted."""
+    return Table(name, metadata, *columns, *(Index(f"ix_{name}_{column}", column) for column in by))
+
+
+def _id(name: str) -> Column[str]:
+    return Column(name, Text, primary_key=True)
+
+
+memory_entries = _shelf(
+    "memory_entries",
+    _id("id"),
+    _key("tenant"),
+    _key("user"),
+    _key("episode_id"),
+    _key("step_id"),
+    _float("created_at"),
+    _coded("tokens", TOKENS),  # (T,)
+    _coded("logprobs", FLOATS),  # (T,)
+    _float("value"),
+    _coded("sources", JSON_TUPLE),
+    _int("epoch"),
+    _int("position"),
+    by=("tenant", "episode_id", "step_id"),
+)
+
+memory_keys = _shelf("memory_keys", _id("step_id"), _id("space"), _coded("key", BYTES), by=("space",))
+
+memory_spaces = _shelf(
+    "memory_spaces",
+    _id("id"),
+    _key("base_sha256"),
+    _key("tokenizer_sha256"),
+    _key("adapter_id"),
+    _key("adapter_sha256"),
+    _coded("layers", JSON_TUPLE),
+    _float("created_at"),
+)
+
+memory_uses = _shelf("memory_uses", _id("answer_id"), _id("entry_id"), _float("value"), by=("entry_id",))
+
+memory_epochs = _shelf(
+    "memory_epochs",
+    _id("id"),
+    _int("number"),
+    _key("tenant", null=True),
+    _float("created_at"),
+    _key("actor"),
+    _free_text("reason"),
+    _float("undone_at", null=True),
+)
+
+memory_tombstones = _shelf(
+    "memory_tombstones",
+    _id("id"),
+    _key("scope"),
+    _key("value"),
+    _float("created_at"),
+    _key("actor"),
+    _free_text("reason"),
+)
+
+SHELF: Mapping[type[Any], Table] = {
+    MemoryEntry: memory_entries,
+    MemoryKey: memory_keys,
+    MemorySpace: memory_spaces,
+    MemoryUse: memory_uses,
+    MemoryEpoch: memory_epochs,
+    Tombstone: memory_tombstones,
 }
 
 # ------------------------------------------------------------------------------ the facts that may change

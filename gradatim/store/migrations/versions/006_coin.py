@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "006_coin"
-down_revision = "004_left_out"
+down_revision = "005_memory"
 branch_labels = None
 depends_on = None
 

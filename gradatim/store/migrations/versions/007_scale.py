@@ -8,8 +8,8 @@ import json
 import sqlalchemy as sa
 from alembic import op
 
-revision = "009_scale"
-down_revision = "004_left_out"
+revision = "007_scale"
+down_revision = "006_coin"
 branch_labels = None
 depends_on = None
 

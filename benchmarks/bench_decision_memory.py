@@ -1,0 +1,260 @@
+"""Judged decision memory on a company's convention: success from thumbs alone, with no weight moving.
+
+SmolLM2-135M (bfloat16, frozen) names the team that takes a support ticket (``convention.py``: 8 intents, 80 tickets
+written by hand, synthetic). Its answers are restricted to the eight names; which team is right is drawn at random for
+each seed, so nothing but feedback can tell. 1,200 tickets come one after the other; each answer gets a thumb, right or
+wrong (bandit feedback: the right team is never named). Arms: nothing remembered; every answer remembered as if it were
+good; and memory with clean thumbs, with 20 % of them flipped, and with thumbs on a quarter of the answers. Then the
+convention changes at half time, with and without a new epoch, and what was right is retrieved into the prompt.
+
+The model's keys and log-probabilities are taken once for each ticket, in the same way as the engine does (its text and
+states are frozen); the decisions are then made token by token by the package's own memory, with one shelf that keeps
+nothing. Success is the share of right answers, whole run; held-out: tickets in wordings that were never seen, greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import harness
+
+harness.threads()
+
+import numpy as np
+import torch
+from convention import INSTRUCTION, TEAMS, Ticket, changed, convention, tickets
+
+from gradatim.config import MemoryConfig
+from gradatim.memory.decisions import DecisionMemory
+from gradatim.memory.recall import Recall
+from gradatim.nn.base import Base, load_base
+from gradatim.nn.render import Renderer
+from gradatim.types import AdapterId, EpisodeId, Kept, MemoryEntry, StepId
+
+EPISODES = 1200
+CONFIDENCE = 0.8  # of the reward of one sure thumb
+AGENT = AdapterId("bench@0")
+K = TypeVar("K", bound=Kept)
+Node = Mapping[int, float]  # token -> log-probability under the model alone
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What the frozen model makes of one ticket."""
+
+    ticket: Ticket
+    key: Any  # (H,)
+    nodes: Mapping[tuple[int, ...], Node]  # of every prefix of a name, the tokens that may follow
+
+
+class NoShelf:
+    """Keeps nothing: the benchmark's memories live as long as it does. Implements ``protocols.Shelf``."""
+
+    def load(self, kind: type[K], **where: str) -> Sequence[K]:
+        return ()
+
+    def change(self, **_: Any) -> None: ...
+
+
+class Reader:
+    """Keys and log-probabilities of the frozen model."""
+
+    def __init__(self, base: Base) -> None:
+        self._base, self._renderer = base, Renderer(base)
+        self._layer = base.model.config.num_hidden_layers // 2
+        self.names = [self._renderer.completion_ids(name) for name in TEAMS]
+
+    def messages(self, ticket: Ticket, shown: Sequence[str] = ()) -> list[dict[str, str]]:
+        examples = "".join(f"\n{line}" for line in shown)
+        return [{"role": "system", "content": INSTRUCTION + examples}, {"role": "user", "content": ticket.text}]
+
+    @torch.inference_mode()
+    def situation(self, ticket: Ticket, shown: Sequence[str] = ()) -> Situation:
+        messages = self.messages(ticket, shown)
+        ids = self._renderer.prompt_ids(messages)
+        start, end = self._renderer.turn(ids, messages)
+        out = self._base.model(input_ids=torch.tensor([ids]), use_cache=True, output_hidden_states=True)
+        key = out.hidden_states[self._layer][0, start:end].float().mean(0).numpy()
+        nodes: dict[tuple[int, ...], Node] = {(): self._allowed((), out.logits[0, -1])}
+        prefixes = sorted({name[:i] for name in self.names for i in range(1, len(name))})
+        for prefix in prefixes:
+            if len(self._next(prefix)) == 1:  # nothing to choose: the restriction leaves one token
+                nodes[prefix] = {self._next(prefix)[0]: 0.0}
+        return Situation(ticket, key, nodes)
+
+    def _next(self, prefix: tuple[int, ...]) -> list[int]:
+        n = len(prefix)
+        return sorted({name[n] for name in self.names if name[:n] == prefix})
+
+    def _allowed(self, prefix: tuple[int, ...], logits: torch.Tensor) -> Node:
+        ids = self._next(prefix)
+        return dict(zip(ids, logits.float()[ids].log_softmax(-1).tolist(), strict=True))
+
+
+def draw(at: Situation, recall: Recall | None, rng: random.Random, greedy: bool = False) -> tuple[int, ...]:
+    """A name, token by token, as the engine draws: the model's log-probabilities and what the memory adds."""
+    drawn: tuple[int, ...] = ()
+    path = 0.0
+    while drawn in at.nodes:
+        node = at.nodes[drawn]
+        bias = {} if recall is None else recall.lean(drawn, path, lambda ids, n=node: [n[i] for i in ids])  # type: ignore[misc]
+        scores = {token: logprob + bias.get(token, 0.0) for token, logprob in node.items()}
+        best = max(scores, key=lambda token: scores[token])
+        if greedy or len(scores) == 1:
+            token = best
+        else:
+            weights = [float(np.exp(s - scores[best])) for s in scores.values()]
+            token = rng.choices(list(scores), weights)[0]
+        path += node[token]
+        drawn = (*drawn, token)
+    return drawn
+
+
+@dataclass(slots=True)
+class Arm:
+    """How answers are judged and remembered."""
+
+    flipped: float = 0.0
+    labelled: float = 1.0
+    everything: bool = False  # each answer is remembered as a good one
+    remember: bool = True
+    epoch: bool = False  # a new epoch begins when the convention changes
+    changes: bool = False  # the convention changes at half time
+
+
+def run(arm: Arm, world: Sequence[Situation], names: Sequence[tuple[int, ...]], seed: int, n: int) -> dict[str, float]:
+    rng = random.Random(f"{seed}/{arm}")
+    memory = DecisionMemory(
+        NoShelf(), MemoryConfig(decisions=True), base_sha256="base", tokenizer_sha256="tokens", layers=(15,)
+    )
+    right = convention(seed)
+    seen, held = [s for s in world if not s.ticket.held_out], [s for s in world if s.ticket.held_out]
+    won: list[bool] = []
+    for i in range(n):
+        if arm.changes and i == n // 2:
+            right = changed(right)
+            if arm.epoch:
+                memory.epoch(None, actor="bench", reason="the convention changed")
+        at = rng.choice(seen)
+        recall = placed(memory, at) if arm.remember else None
+        answer = draw(at, recall, rng)
+        won.append(answer == names[right[at.ticket.intent]])
+        if recall is not None and rng.random() < arm.labelled:
+            good = won[-1] != (rng.random() < arm.flipped)
+            value = CONFIDENCE if good or arm.everything else -CONFIDENCE
+            keep(memory, recall, i, answer, at, value)
+    greedy = [
+        draw(at, placed(memory, at) if arm.remember else None, rng, True) == names[right[at.ticket.intent]]
+        for at in held
+    ]
+    sixth = max(1, n // 6)
+    parts = {f"sixth {k + 1}": float(np.mean(won[k * sixth : (k + 1) * sixth])) for k in range(6)}
+    return {"whole": float(np.mean(won)), "held out": float(np.mean(greedy)), **parts}
+
+
+def placed(memory: DecisionMemory, at: Situation) -> Recall:
+    recall = memory.recollect("", AGENT, "base")
+    recall.situate(at.key)
+    return recall
+
+
+def keep(memory: DecisionMemory, recall: Recall, i: int, answer: tuple[int, ...], at: Situation, value: float) -> None:
+    step_id = StepId(f"s{i:05d}")
+    memory.answered(recall, [step_id], steered=False)
+    logprobs = tuple(at.nodes[answer[:k]][token] for k, token in enumerate(answer))
+    entry = MemoryEntry(
+        id=step_id + ("+" if value > 0 else "-"),
+        tenant="",
+        user="",
+        episode_id=EpisodeId(f"ep{i}"),
+        step_id=step_id,
+        created_at=float(i),
+        tokens=answer,
+        logprobs=logprobs,
+        value=value,
+        sources=("critic:bench",),
+    )
+    memory.write(entry.episode_id, [entry])
+
+
+def retrieval(reader: Reader, world: Sequence[Situation], seeds: Sequence[int]) -> float:
+    """Share of held-out tickets answered rightly with the nearest other ticket and its right team in the prompt: a
+    full memory of right answers, which no arm of ours has."""
+    right = [convention(seed) for seed in seeds]
+    seen = [s for s in world if not s.ticket.held_out]
+    keys = np.array([s.key for s in seen])
+    keys = np.clip(keys / np.sqrt((keys**2).mean(-1, keepdims=True)), -1, 1)
+    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    won: list[bool] = []
+    for at in (s for s in world if s.ticket.held_out):
+        query = np.clip(at.key / np.sqrt((at.key**2).mean()), -1, 1)
+        near = seen[int((keys @ query).argmax())]
+        for order in right:
+            line = f"Ticket: {near.ticket.text} Team: {TEAMS[order[near.ticket.intent]]}"
+            told = reader.situation(at.ticket, [line])
+            answer = draw(told, None, random.Random(0), True)
+            won.append(answer == reader.names[order[at.ticket.intent]])
+    return float(np.mean(won))
+
+
+ARMS: Mapping[str, Arm] = {
+    "frozen": Arm(remember=False),
+    "everything": Arm(everything=True),
+    "clean": Arm(),
+    "20% flipped": Arm(flipped=0.2),
+    "25% labelled": Arm(labelled=0.25),
+    "change, no epoch": Arm(changes=True),
+    "change, epoch": Arm(changes=True, epoch=True),
+}
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.process_time()
+    return function(), time.process_time() - began
+
+
+def main() -> None:
+    parser = harness.options(__doc__)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--data-dir", type=Path, help="where a converted model lies, to be used again")
+    args: argparse.Namespace = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        base = load_base("smollm2", args.data_dir or Path(folder), dtype="bfloat16", device="cpu")
+        reader = Reader(base)
+        world, read_s = timed(lambda: [reader.situation(ticket) for ticket in tickets()])
+        seeds = range(1 if args.quick else args.seeds)
+        n = 120 if args.quick else EPISODES
+        table: dict[str, dict[str, float]] = {}
+        seconds: dict[str, float] = {"reading 80 tickets": read_s}
+        for name, arm in ARMS.items():
+            runs, seconds[name] = timed(lambda arm=arm: [run(arm, world, reader.names, s, n) for s in seeds])  # type: ignore[misc]
+            table[name] = {key: float(np.mean([r[key] for r in runs])) for key in runs[0]}
+            table[name]["worst seed"] = min(r["whole"] for r in runs)
+            print(name, {key: round(value, 3) for key, value in table[name].items()}, flush=True)
+        shown, seconds["retrieval"] = timed(lambda: retrieval(reader, world, list(seeds)[:1]))
+    before, after = table["change, epoch"]["sixth 3"], table["change, epoch"]["sixth 6"]
+    goals = [
+        harness.Goal("whole-run success, clean thumbs", table["clean"]["whole"], ">= 0.80"),
+        harness.Goal("whole-run success, 20 % of thumbs flipped", table["20% flipped"]["whole"], ">= 0.55"),
+        harness.Goal("whole-run success, 25 % of answers judged", table["25% labelled"]["whole"], ">= 0.55"),
+        harness.Goal("held-out wordings, clean thumbs, greedy", table["clean"]["held out"], ">= 0.75"),
+        harness.Goal("last sixth over third sixth, change with an epoch", after / before, ">= 0.9"),
+        harness.Goal("last sixth, change without an epoch", table["change, no epoch"]["sixth 6"]),
+        harness.Goal("frozen model, whole run", table["frozen"]["whole"]),
+        harness.Goal("every answer remembered as good, whole run", table["everything"]["whole"]),
+        harness.Goal("one retrieved right example in the prompt, held-out wordings, greedy", shown),
+    ]
+    details = {"arms": table, "cpu_s": seconds, "seeds": len(seeds), "episodes": n, "model": "smollm2 bfloat16"}
+    harness.report("bench_decision_memory", goals, details, args)
+
+
+if __name__ == "__main__":
+    main()

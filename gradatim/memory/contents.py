@@ -1,0 +1,210 @@
+"""What is remembered, in this process: entries, their keys by tenant and space, what they did, epochs, tombstones.
+
+Made of the shelf at the start and changed after it. No locks and no files: its owner has both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradatim.errors import MemoryKeyError
+from gradatim.memory.index import FlatIndex
+from gradatim.memory.spaces import from_bytes
+from gradatim.types import EpisodeId, MemoryEntry, MemoryEpoch, MemoryKey, MemoryUse, StepId, Tombstone
+
+Floats = NDArray[np.float32]
+NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
+
+
+class Contents:
+    """Everything that a search or an operator looks at."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, MemoryEntry] = {}
+        self.by_step: dict[StepId, list[str]] = {}
+        self.by_episode: dict[EpisodeId, set[str]] = defaultdict(set)
+        self.sizes: Counter[str] = Counter()  # entries by tenant
+        self.indexes: dict[tuple[str, str], FlatIndex] = {}  # by tenant and space
+        self.versions: Counter[str] = Counter()  # by tenant: rises when something is taken out or changed
+        self.epochs: dict[str, MemoryEpoch] = {}
+        self.tombstones: list[Tombstone] = []
+        self.damaged = 0  # keys that could not be read
+        self._uses: dict[str, dict[StepId, float]] = defaultdict(dict)  # entry -> answers
+        self._used_by: dict[StepId, set[str]] = defaultdict(set)  # answer -> entries
+
+    # ------------------------------------------------------------------------------------------- entries
+
+    def put(self, entry: MemoryEntry) -> None:
+        """One of the same id is replaced, and keeps its key."""
+        if entry.id not in self.entries:
+            self.by_step.setdefault(entry.step_id, []).append(entry.id)
+            self.by_episode[entry.episode_id].add(entry.id)
+            self.sizes[entry.tenant] += 1
+        else:
+            self.versions[entry.tenant] += 1
+        self.entries[entry.id] = entry
+
+    def take(self, ids: Iterable[str]) -> None:
+        """Out of everything, their keys too."""
+        for entry_id in list(ids):
+            entry = self.entries.pop(entry_id, None)
+            if entry is None:
+                continue
+            self.by_episode[entry.episode_id].discard(entry_id)
+            self.sizes[entry.tenant] -= 1
+            self.versions[entry.tenant] += 1
+            for answer_id in self._uses.pop(entry_id, {}):
+                self._used_by[answer_id].discard(entry_id)
+            self.by_step[entry.step_id].remove(entry_id)
+            if not self.by_step[entry.step_id]:
+                del self.by_step[entry.step_id]
+                for (tenant, _), index in self.indexes.items():
+                    if tenant == entry.tenant:
+                        index.remove(entry.step_id)
+
+    def without(self, ids: set[str]) -> list[StepId]:
+        """The steps of which nothing would be left."""
+        steps = {self.entries[i].step_id for i in ids if i in self.entries}
+        return sorted(s for s in steps if set(self.by_step[s]) <= ids)
+
+    def use(self, answers: Iterable[StepId], uses: Iterable[MemoryUse]) -> None:
+        """What ``answers`` said of the entries that were for them is replaced by ``uses``."""
+        for answer in answers:
+            for entry_id in self._used_by.pop(answer, ()):
+                self._uses[entry_id].pop(answer, None)
+        for use in uses:
+            self._uses[use.entry_id][use.answer_id] = use.value
+            self._used_by[use.answer_id].add(use.entry_id)
+
+    def helped(self, entry_id: str) -> tuple[int, int]:
+        """How many answers it helped, and how many it harmed."""
+        values = self._uses.get(entry_id, {}).values()
+        return sum(v > 0.0 for v in values), sum(v < 0.0 for v in values)
+
+    # ---------------------------------------------------------------------------------------------- keys
+
+    def put_key(self, kept: MemoryKey) -> None:
+        """Counted and left out where it is damaged or has another width; it can be made anew."""
+        ids = self.by_step.get(kept.step_id)
+        key = read(kept)
+        if key is None:
+            self.damaged += 1
+        if not ids or key is None:
+            return
+        at = (self.entries[ids[0]].tenant, kept.space)
+        index = self.indexes.setdefault(at, FlatIndex(len(key)))
+        try:
+            index.add(kept.step_id, key)
+        except MemoryKeyError:
+            self.damaged += 1
+
+    def has_key(self, step_id: StepId, space: str) -> bool:
+        index = self.indexes.get((self.tenant_of(step_id), space))
+        return index is not None and step_id in index
+
+    def tenant_of(self, step_id: StepId) -> str:
+        return self.entries[self.by_step[step_id][0]].tenant
+
+    def near(
+        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float
+    ) -> Iterator[tuple[MemoryEntry, float]]:
+        """Entries that count and their cosines, of the keys in a space, and of those that only ``stand_in`` has."""
+        since = self.since(tenant)
+        own = self.indexes.get((tenant, space))
+        other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
+        found = list(own.search(key, floor, NEIGHBOURS)) if own is not None else []
+        if other is not None:
+            elsewhere = other.search(key, floor, NEIGHBOURS)
+            found += [(step, near) for step, near in elsewhere if own is None or step not in own]
+        for step_id, cosine in sorted(found, key=lambda pair: -pair[1])[:NEIGHBOURS]:
+            for entry_id in self.by_step.get(StepId(step_id), ()):
+                if self.entries[entry_id].epoch >= since:
+                    yield self.entries[entry_id], cosine
+
+    # -------------------------------------------------------------------------------------------- epochs
+
+    def since(self, tenant: str) -> int:
+        """The epoch of which an entry must be, at least, to count."""
+        mine = [e.number for e in self.epochs.values() if e.tenant in (None, tenant) and e.undone_at is None]
+        return max(mine, default=0)
+
+    def newest_epoch(self) -> int:
+        return max((e.number for e in self.epochs.values()), default=0)
+
+    # ------------------------------------------------------------------------------------------- looking
+
+    def least_useful(self, tenant: str, count: int) -> set[str]:
+        """What no longer counts goes first, then what helped least, then the oldest."""
+        since = self.since(tenant)
+
+        def rank(entry: MemoryEntry) -> tuple[bool, int, float, str]:
+            helped, harmed = self.helped(entry.id)
+            return entry.epoch >= since, helped - harmed, entry.created_at, entry.id
+
+        own = sorted((e for e in self.entries.values() if e.tenant == tenant), key=rank)
+        return {e.id for e in own[:count]}
+
+    def row(self, entry: MemoryEntry) -> dict[str, Any]:
+        """For people and machines."""
+        helped, harmed = self.helped(entry.id)
+        return {
+            "id": entry.id,
+            "tenant": entry.tenant,
+            "user": entry.user,
+            "episode_id": entry.episode_id,
+            "response_id": entry.step_id,
+            "created_at": entry.created_at,
+            "tokens": list(entry.tokens),
+            "value": entry.value,
+            "sources": list(entry.sources),
+            "epoch": entry.epoch,
+            "active": entry.epoch >= self.since(entry.tenant),
+            "helped": helped,
+            "harmed": harmed,
+            "spaces": sorted(s for (t, s), i in self.indexes.items() if t == entry.tenant and entry.step_id in i),
+        }
+
+    def stats(self) -> dict[str, int]:
+        told = [self.helped(entry_id) for entry_id in self._uses]
+        key_bytes = sum(4 * len(index) * index.width for index in self.indexes.values())
+        return {
+            "entries": len(self.entries),
+            "active": sum(e.epoch >= self.since(e.tenant) for e in self.entries.values()),
+            "tenants": sum(n > 0 for n in self.sizes.values()),
+            "keys": sum(map(len, self.indexes.values())),
+            "helped": sum(helped for helped, _ in told),
+            "harmed": sum(harmed for _, harmed in told),
+            "epochs": sum(e.undone_at is None for e in self.epochs.values()),
+            "tombstones": len(self.tombstones),
+            "bytes": key_bytes + sum(12 * len(e.tokens) for e in self.entries.values()),
+            "damaged": self.damaged,
+        }
+
+
+def read(kept: MemoryKey) -> Floats | None:
+    """None where it is damaged."""
+    try:
+        return from_bytes(kept.key)
+    except MemoryKeyError:
+        return None
+
+
+def covers(tombstone: Tombstone, entry: MemoryEntry) -> bool:
+    """Whether what was given up to that time, and is now forgotten, is in this entry."""
+    value = tombstone.value
+    if tombstone.scope == "entry":
+        return entry.id == value
+    if entry.created_at > tombstone.created_at:
+        return False
+    if tombstone.scope == "source":
+        return value in entry.sources
+    return tombstone.scope == "all" or value == {
+        "user": entry.user,
+        "tenant": entry.tenant,
+        "episode": entry.episode_id,
+    }.get(tombstone.scope)

@@ -1,0 +1,380 @@
+"""Judged decision memory: what was said of an answer changes the next one in the same situation.
+
+The shelf is the truth, what is in this process is made of it at the start. What is written is durable before it
+counts, what is forgotten stops counting before the call returns. One lock guards what the engine's thread looks at and
+is held for a search at most; another keeps writers in line while they wait for the disk.
+
+Tenants never share an index. Knows nothing of HTTP, and of feedback only what ``entries`` made of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradatim.config import MemoryConfig
+from gradatim.errors import ForeignMemoryError, StoreError
+from gradatim.memory.contents import Contents, covers, read
+from gradatim.memory.recall import Neighbourhood, Recall
+from gradatim.memory.spaces import make_space, to_bytes
+from gradatim.protocols import Recollection, Shelf
+from gradatim.types import (
+    AdapterId,
+    EpisodeId,
+    Kept,
+    MemoryEntry,
+    MemoryEpoch,
+    MemoryKey,
+    MemorySpace,
+    MemoryUse,
+    StepId,
+    Tombstone,
+)
+
+Floats = NDArray[np.float32]
+CURSOR = "memory.judged"  # feedback up to here has been remembered
+SCOPES: Sequence[str] = get_args(get_type_hints(Tombstone)["scope"])
+_RECENT = 4096  # keys of answers that wait for their feedback
+_SPACES = 4  # that keys are made for: live, canary, holdback and the base
+Drop = tuple[type[Kept], Mapping[str, str]]
+
+
+class DecisionMemory:
+    """``layers``: those whose input is the key. ``base_sha256`` and ``tokenizer_sha256`` are of the model that is
+    served, or empty where none is. ForeignMemoryError where what is on the shelf was made with another; StoreError."""
+
+    def __init__(
+        self,
+        shelf: Shelf,
+        config: MemoryConfig,
+        *,
+        base_sha256: str,
+        tokenizer_sha256: str,
+        layers: tuple[int, ...],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.config = config
+        self.counts: Counter[str] = Counter()
+        self._shelf, self._clock, self._layers = shelf, clock, layers
+        self._base, self._tokenizer = base_sha256, tokenizer_sha256
+        self._writing = threading.RLock()
+        self._lock = threading.Lock()
+        self._all = Contents()
+        self._spaces: dict[str, MemorySpace] = {}
+        self._bridges: dict[str, str] = {}  # space -> the one whose keys may stand in for those that it lacks
+        self._recent: OrderedDict[StepId, tuple[str, Floats]] = OrderedDict()
+        self._wanted: OrderedDict[str, AdapterId] = OrderedDict()  # spaces that requests come in, and their weights
+        self._untended = True
+        self._load()
+
+    # ---------------------------------------------------------------------------------------------- reading
+
+    def tenant(self, user: str) -> str:
+        """Whose memory a request of this user reads, and its feedback writes."""
+        return user if self.config.tenants == "user" else ""
+
+    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str) -> Recall:
+        """For one request that these weights answer."""
+        space = self._space(adapter_id, adapter_sha256)
+        with self._lock:
+            self._untended = self._untended or space.id not in self._wanted
+            self._wanted[space.id] = adapter_id
+            self._wanted.move_to_end(space.id)
+            while len(self._wanted) > _SPACES:
+                self._wanted.popitem(last=False)
+            self.counts["recalls"] += 1
+        return Recall(self, self.config, self.tenant(user), space)
+
+    def near(self, tenant: str, space: str, key: Floats, floor: float) -> Neighbourhood:
+        """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
+        with self._lock:
+            found = sorted(
+                self._all.near(tenant, space, self._bridges.get(space), key, floor), key=lambda pair: pair[0].id
+            )
+            return Neighbourhood(found, self._all.versions[tenant], self._all.since(tenant))
+
+    def version(self, tenant: str) -> int:
+        return self._all.versions[tenant]
+
+    def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
+        """Keep the key of an answer until it is judged."""
+        with self._lock:
+            self.counts["steered"] += steered
+            if not isinstance(recollection, Recall) or recollection.key is None:
+                return
+            for step_id in step_ids:
+                self._recent[step_id] = recollection.space.id, recollection.key
+            while len(self._recent) > _RECENT:
+                self._recent.popitem(last=False)
+
+    # ---------------------------------------------------------------------------------------------- writing
+
+    def write(
+        self,
+        episode_id: EpisodeId,
+        entries: Sequence[MemoryEntry],
+        uses: Sequence[MemoryUse] = (),
+        answers: Sequence[StepId] = (),
+        *,
+        cursor: int | None = None,
+    ) -> int:
+        """Replace what is remembered of an episode by ``entries``, and what its ``answers`` say of the entries that
+        were for them by ``uses``. Durable and in effect when it returns; gives how many entries are new or changed.
+        StoreError: nothing changed."""
+        with self._writing:
+            kept = [self._dated(e) for e in entries if not any(covers(t, e) for t in self._all.tombstones)]
+            gone = self._all.by_episode.get(episode_id, set()) - {e.id for e in kept}
+            changed = [e for e in kept if self._all.entries.get(e.id) != e]
+            keys = self._recent_keys(kept)
+            known = [use for use in uses if use.entry_id in self._all.entries]
+            drop = self._drops(gone, but={e.step_id for e in kept})
+            drop += [(MemoryUse, {"answer_id": a}) for a in answers]
+            self._change([*changed, *keys, *known], drop, cursor)
+            with self._lock:
+                for entry in changed:
+                    self._all.put(entry)
+                self._all.take(gone)  # after what takes its place, which keeps its key
+                for key in keys:
+                    self._all.put_key(key)
+                self._all.use(answers, known)
+                self._untended = True
+                self.counts["written"] += len(changed)
+            self._drop_harmful({use.entry_id for use in known})
+            self._evict({e.tenant for e in changed})
+            return len(changed)
+
+    def start_from(self, position: int) -> None:
+        """Where nothing was ever remembered: begin with the feedback that comes from now on."""
+        self._shelf.change(cursors={CURSOR: position})
+
+    def forget(self, scope: str, value: str, *, actor: str, reason: str = "") -> Mapping[str, Any]:
+        """Of a user, tenant, episode, source or entry, or all: what was given up to now is gone by the next token, for
+        good. Says how much. StoreError for another scope."""
+        if scope not in SCOPES:
+            raise StoreError(f"{scope!r} cannot be forgotten: it must be one of {', '.join(SCOPES)}")
+        with self._writing:
+            tombstone = Tombstone(
+                id=f"t-{uuid.uuid4().hex}",
+                scope=scope,  # type: ignore[arg-type]  # checked above
+                value=value,
+                created_at=self._clock(),
+                actor=actor,
+                reason=reason,
+            )
+            gone = {e.id for e in self._all.entries.values() if covers(tombstone, e)}
+            everything: list[Drop] = [(MemoryKey, {}), (MemorySpace, {}), (MemoryUse, {})] if scope == "all" else []
+            self._shelf.change(put=[tombstone], drop=[*self._drops(gone), *everything])
+            with self._lock:
+                self._all.take(gone)
+                self._all.tombstones.append(tombstone)
+                if scope != "entry":
+                    self._recent.clear()  # whose they are is not known; the others' can be made anew
+            return {"scope": scope, "value": value, "entries": len(gone), "at": tombstone.created_at}
+
+    def epoch(self, tenant: str | None, *, actor: str, reason: str = "") -> MemoryEpoch:
+        """From now on nothing counts that was remembered before: of one tenant, or of all (None)."""
+        with self._writing:
+            made = MemoryEpoch(
+                id=f"e-{uuid.uuid4().hex}",
+                number=1 + self._all.newest_epoch(),
+                tenant=tenant,
+                created_at=self._clock(),
+                actor=actor,
+                reason=reason,
+            )
+            self._set_epoch(made)
+            return made
+
+    def undo_epoch(self, tenant: str | None) -> MemoryEpoch | None:
+        """Take back the newest epoch of that tenant, or of all; what was remembered since stays. None: no epoch."""
+        with self._writing:
+            begun = [e for e in self._all.epochs.values() if e.tenant == tenant and e.undone_at is None]
+            if not begun:
+                return None
+            undone = replace(max(begun, key=lambda e: e.number), undone_at=self._clock())
+            self._set_epoch(undone)
+            return undone
+
+    # ------------------------------------------------------------------------------------------- key spaces
+
+    def unkeyed(self, limit: int) -> list[tuple[StepId, str, AdapterId]]:
+        """Steps without a key in a space that requests come in, the newest such space first: (step, space, weights)."""
+        with self._lock:
+            out: list[tuple[StepId, str, AdapterId]] = []
+            if not self._untended:
+                return out
+            for space, adapter_id in reversed(self._wanted.items()):
+                for step_id in self._all.by_step:
+                    if len(out) == limit:
+                        return out
+                    if not self._all.has_key(step_id, space):
+                        out.append((step_id, space, adapter_id))
+            return out
+
+    def tended(self) -> None:
+        """Every step has the keys that it can have; ``unkeyed`` is not asked again before that changes."""
+        with self._lock:
+            self._untended = False
+
+    def put_key(self, step_id: StepId, space: str, key: Floats) -> None:
+        """Where a remembered step lies in a space. Durable and in effect when it returns."""
+        with self._writing:
+            if step_id in self._all.by_step:
+                kept = MemoryKey(step_id=step_id, space=space, key=to_bytes(key))
+                self._change([kept], [], None)
+                with self._lock:
+                    self._all.put_key(kept)
+
+    def unwanted(self, space: str) -> None:
+        """Its weights are gone; nothing is made for it any more until a request comes in it."""
+        with self._lock:
+            self._wanted.pop(space, None)
+
+    def bridge(self, space: str, to: str | None) -> None:
+        """Let keys of another space stand in for those that this one lacks; None: no longer."""
+        with self._lock:
+            self._bridges = {s: t for s, t in self._bridges.items() if s != space}
+            if to is not None:
+                self._bridges[space] = to
+
+    def fullest(self, *, but: str) -> str | None:
+        """The space with most keys."""
+        with self._lock:
+            sizes: Counter[str] = Counter()
+            for (_, space), index in self._all.indexes.items():
+                sizes[space] += len(index) if space != but else 0
+            return next((space for space, size in sizes.most_common(1) if size), None)
+
+    def finds_itself(self, step_id: StepId, key: Floats, space: str) -> bool | None:
+        """Whether a step, placed by a key of other weights, is nearest to itself in this space (self-retrieval), or to
+        one that lies where it does. None where it has no key there."""
+        with self._lock:
+            if step_id not in self._all.by_step or not self._all.has_key(step_id, space):
+                return None
+            index = self._all.indexes[self._all.tenant_of(step_id), space]
+            own = index.key(step_id)
+            nearest = max(index.search(key, -1.0), key=lambda found: found[1])[0]
+            return nearest == step_id or float(own @ index.key(nearest)) > 0.999
+
+    # ---------------------------------------------------------------------------------------------- looking
+
+    def stats(self) -> dict[str, int]:
+        with self._lock:
+            counts = ("recalls", "steered", "written", "failed", "unreadable")
+            return {**self._all.stats(), "spaces": len(self._spaces), **{name: self.counts[name] for name in counts}}
+
+    def show(self, *, tenant: str | None = None, step_id: str = "", limit: int = 100) -> list[dict[str, Any]]:
+        """Entries, the newest first; of one tenant or step."""
+        with self._lock:
+            found = [
+                e
+                for e in self._all.entries.values()
+                if tenant in (None, e.tenant) and (not step_id or e.step_id == step_id)
+            ]
+            found.sort(key=lambda e: (e.created_at, e.id), reverse=True)
+            return [self._all.row(entry) for entry in found[:limit]]
+
+    def check(self) -> dict[str, Any]:
+        """Compare what answers are made with to the shelf: entries one by one, and the checksum of every key."""
+        with self._writing:
+            entries = {e.id: e for e in self._shelf.load(MemoryEntry)}
+            keys = self._shelf.load(MemoryKey)
+            here = self._all.entries
+            problems = {
+                "lost": sorted(entries.keys() - here.keys()),
+                "extra": sorted(here.keys() - entries.keys()),
+                "differing": sorted(i for i in entries.keys() & here.keys() if entries[i] != here[i]),
+                "damaged_keys": sorted(k.step_id for k in keys if read(k) is None),
+            }
+        return {"ok": not any(problems.values()), "entries": len(entries), "keys": len(keys), **problems}
+
+    # ----------------------------------------------------------------------------------------------- inside
+
+    def _load(self) -> None:
+        for space in self._shelf.load(MemorySpace):
+            for what, theirs, ours in (
+                ("base model", space.base_sha256, self._base),
+                ("tokenizer", space.tokenizer_sha256, self._tokenizer),
+            ):
+                if ours and theirs != ours:
+                    raise ForeignMemoryError(
+                        f"what is remembered was made with another {what}: its digest is {theirs}, that of the "
+                        f"one that is served is {ours}. Serve the one it was made with, or begin anew: "
+                        "gradatim memory forget all"
+                    )
+            self._spaces[space.id] = space
+        self._all.epochs = {e.id: e for e in self._shelf.load(MemoryEpoch)}
+        self._all.tombstones = list(self._shelf.load(Tombstone))
+        for entry in self._shelf.load(MemoryEntry):
+            self._all.put(entry)
+        for key in self._shelf.load(MemoryKey):
+            self._all.put_key(key)
+        self._all.use((), [u for u in self._shelf.load(MemoryUse) if u.entry_id in self._all.entries])
+
+    def _space(self, adapter_id: AdapterId, adapter_sha256: str) -> MemorySpace:
+        space = make_space(
+            base_sha256=self._base,
+            tokenizer_sha256=self._tokenizer,
+            adapter_id=adapter_id,
+            adapter_sha256=adapter_sha256,
+            layers=self._layers,
+            now=self._clock(),
+        )
+        return self._spaces.setdefault(space.id, space)
+
+    def _recent_keys(self, entries: Sequence[MemoryEntry]) -> list[MemoryKey]:
+        with self._lock:
+            found = {e.step_id: self._recent[e.step_id] for e in entries if e.step_id in self._recent}
+            known = {(s, space) for s, (space, _) in found.items() if s in self._all.by_step}
+            new = {s: k for s, k in found.items() if (s, k[0]) not in known or not self._all.has_key(s, k[0])}
+        return [MemoryKey(step_id=step, space=space, key=to_bytes(key)) for step, (space, key) in new.items()]
+
+    def _change(self, put: Sequence[Kept], drop: Sequence[Drop], cursor: int | None) -> None:
+        """A key is never kept without what it was made with."""
+        spaces = [self._spaces[s] for s in sorted({k.space for k in put if isinstance(k, MemoryKey)})]
+        self._shelf.change(put=[*put, *spaces], drop=drop, cursors=None if cursor is None else {CURSOR: cursor})
+
+    def _drops(self, ids: Iterable[str], *, but: Set[StepId] = frozenset()) -> list[Drop]:
+        """Entries with what they did and, ``but`` for some steps, the keys of those of which nothing is left."""
+        gone = set(ids)
+        drop: list[Drop] = []
+        for entry_id in sorted(gone):
+            drop += [(MemoryEntry, {"id": entry_id}), (MemoryUse, {"entry_id": entry_id})]
+        return drop + [(MemoryKey, {"step_id": step}) for step in self._all.without(gone) if step not in but]
+
+    def _set_epoch(self, epoch: MemoryEpoch) -> None:
+        self._shelf.change(put=[epoch])
+        with self._lock:
+            self._all.epochs[epoch.id] = epoch
+            for tenant in list(self._all.sizes) if epoch.tenant is None else [epoch.tenant]:
+                self._all.versions[tenant] += 1
+
+    def _dated(self, entry: MemoryEntry) -> MemoryEntry:
+        """An entry belongs to the epoch in which it was first written."""
+        known = self._all.entries.get(entry.id)
+        return replace(entry, epoch=self._all.newest_epoch() if known is None else known.epoch)
+
+    def _drop_harmful(self, ids: set[str]) -> None:
+        """An entry that harmed much more than it helped has its tombstone."""
+        for entry_id in sorted(ids):
+            helped, harmed = self._all.helped(entry_id)
+            if entry_id in self._all.entries and harmed - helped >= self.config.harm:
+                self.forget("entry", entry_id, actor="memory", reason=f"it helped {helped} answers and harmed {harmed}")
+
+    def _evict(self, tenants: set[str]) -> None:
+        """Keep each tenant within its bound, with some room so that it is not done at every write."""
+        for tenant in tenants:
+            over = self._all.sizes[tenant] - self.config.max_entries
+            if over > 0:
+                gone = self._all.least_useful(tenant, over + self.config.max_entries // 50)
+                self._shelf.change(drop=self._drops(gone))
+                with self._lock:
+                    self._all.take(gone)

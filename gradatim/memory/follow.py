@@ -1,0 +1,155 @@
+"""Follows the log: feedback becomes memory within a fraction of a second, whoever gave it and wherever it came in.
+
+It runs beside the server, since that is where memory is read. Each case is judged by the same reward model and credit
+assigner as in learning, but at once: an episode that is judged again, revised or retracted is remembered anew. Then
+keys are made for what lacks one in a space that requests come in: after a promotion, a restart, or for answers given
+while memory was off. Until then the keys of another space stand in for them where a check allows it: steps that are
+placed by the new weights must be nearest to themselves among the old keys. Whatever fails is counted and tried again;
+nothing here ever ends serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
+from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.entries import entries_of
+from gradatim.memory.spaces import key_of
+from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
+from gradatim.types import AdapterId, Case, MemoryUse, Step, StepId
+
+log = logging.getLogger(__name__)
+POLL_S = 0.1
+_LONGEST_PAUSE_S = 10.0
+_CASES = 50  # in one turn
+_KEYS = 8  # made in one turn, one after the other: requests go first
+PROBES = 64  # steps on which the keys of another space are checked
+_FOUND = 0.95  # share of them that must find themselves
+Place = Callable[[Step, AdapterId], Awaitable[NDArray[np.float32]]]
+
+
+class Follower:
+    """``place`` gives the state of a step under some weights."""
+
+    def __init__(
+        self,
+        memory: DecisionMemory,
+        store: Store,
+        *,
+        reward_model: RewardModel,
+        credit: CreditAssigner,
+        tokenizer: Tokenizer,
+        place: Place,
+    ) -> None:
+        self._memory, self._store, self._place = memory, store, place
+        self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
+        self._tried: dict[str, list[bool]] = {}  # space -> probes that found themselves
+        self._skipped: set[tuple[StepId, str]] = set()  # that cannot be placed
+
+    async def watch(self) -> None:
+        failures = 0
+        while True:
+            try:
+                worked = await self.turn()
+                failures = 0
+            except Exception as e:
+                failures += 1
+                worked = False
+                self._memory.counts["failed"] += 1
+                log.error("memory could not follow the feedback: %s", e, exc_info=not isinstance(e, GradatimError))
+            if not worked:
+                await asyncio.sleep(min(POLL_S * 2**failures, _LONGEST_PAUSE_S))
+
+    async def turn(self) -> bool:
+        """Take in new feedback, or else make some keys. True if anything was done."""
+        taken = await asyncio.to_thread(self.take)
+        return taken or await self.tend()
+
+    # ------------------------------------------------------------------------------------ feedback -> entries
+
+    def take(self) -> bool:
+        cases = self._store.cases(after=self._store.cursor(CURSOR), limit=_CASES)
+        for case in cases:
+            self._remember(case)
+        return bool(cases)
+
+    def _remember(self, case: Case) -> None:
+        reward = self._reward_model.score(case)
+        credit = None if reward.value is None else self._credit.assign(case, reward)
+        entries = entries_of(
+            case,
+            reward,
+            credit,
+            tenant=lambda step: self._memory.tenant(step.user),
+            tokenizer=self._tokenizer,
+            answer=lambda step_id: self._store.step(id=step_id),
+        )
+        shares = {} if credit is None else dict(zip(credit.step_ids, credit.advantages, strict=True))
+        uses = [
+            MemoryUse(answer_id=step.id, entry_id=entry_id, value=shares[step.id])
+            for step in case.episode.steps
+            for entry_id in step.memory.get("for", ())
+            if shares.get(step.id, 0.0)
+        ]
+        answers = [step.id for step in case.episode.steps if step.memory]
+        self._memory.write(case.episode.id, entries, uses, answers, cursor=case.position)
+
+    # -------------------------------------------------------------------------------------------- keys
+
+    async def tend(self) -> bool:
+        """Make a few keys. An engine that is busy is left alone."""
+        lacking = [at for at in self._memory.unkeyed(_KEYS + len(self._skipped)) if at[:2] not in self._skipped]
+        for space in {space for _, space, _ in lacking} - self._tried.keys():
+            self._tried[space] = []
+        for step_id, space, adapter_id in lacking[:_KEYS]:
+            try:
+                await self._make_key(step_id, space, adapter_id)
+            except OverloadedError:
+                return False
+            except UnknownAdapterError:
+                self._memory.unwanted(space)
+                return True
+        if not lacking:
+            self._memory.tended()
+            for space in [s for s in self._tried if self._tried[s]]:
+                self._memory.bridge(space, None)  # it has all of its own keys
+                self._tried[space] = []
+        return bool(lacking)
+
+    async def _make_key(self, step_id: StepId, space: str, adapter_id: AdapterId) -> None:
+        step = await asyncio.to_thread(self._store.step, id=step_id)
+        try:
+            if step is None:
+                raise ValueError("it is not in the store")
+            state = await self._place(step, adapter_id)
+            key = key_of(state)
+        except (OverloadedError, UnknownAdapterError):
+            raise
+        except (GradatimError, ValueError) as e:
+            self._skipped.add((step_id, space))
+            self._memory.counts["unreadable"] += 1
+            log.warning("step %s has no key: %s", step_id, e)
+            return
+        other = self._memory.fullest(but=space)
+        if other is not None and len(self._tried.get(space, [])) < PROBES:
+            found = self._memory.finds_itself(step_id, key, other)
+            if found is not None:
+                self._probe(space, other, found)
+        await asyncio.to_thread(self._memory.put_key, step_id, space, key)
+
+    def _probe(self, space: str, other: str, found: bool) -> None:
+        """Old keys stand in from the first few probes on, for as long as enough of them find themselves."""
+        probes = self._tried.setdefault(space, [])
+        probes.append(found)
+        good = len(probes) >= 4 and enough(probes)
+        self._memory.bridge(space, other if good else None)
+
+
+def enough(probes: Sequence[bool]) -> bool:
+    return sum(probes) >= _FOUND * len(probes)

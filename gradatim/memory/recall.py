@@ -1,0 +1,118 @@
+"""One request's view of a memory: where it is, what is remembered near there, and what that does to its tokens.
+
+Evidence about an action is summed over the neighbours that it was judged at, each by its distance and by how sure its
+judgement was: L(a) = log((1 - noise) / noise) * sum_i k_i value_i, with k_i = exp((cos_i - 1) / width). A sure
+judgement at this very place so counts in full, a doubtful one less, and contradictions cancel: with clean rewards one
+failure rules an action out, with noisy ones it takes a majority.
+
+Knows nothing of how memories are written or kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradatim.config import MemoryConfig
+from gradatim.memory.spaces import key_of
+from gradatim.memory.steering import Action, Steering
+from gradatim.types import MemoryEntry, MemorySpace
+
+Floats = NDArray[np.float32]
+_LEAST_KERNEL = 0.005  # what is farther away is not looked at
+_LEAST_EVIDENCE = 0.02  # nats
+_SHOWN = 16  # entries that are named for one answer
+Near = Sequence[tuple[MemoryEntry, float]]  # with the cosine
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbourhood:
+    """What is remembered near a place."""
+
+    near: Near
+    version: int  # of the tenant's memory; another one means that something was taken out of it
+    epoch: int
+
+
+class Source(Protocol):
+    """The memory, as seen from a request."""
+
+    def near(self, tenant: str, space: str, key: Floats, floor: float) -> Neighbourhood: ...
+
+    def version(self, tenant: str) -> int: ...
+
+
+def floor_of(config: MemoryConfig) -> float:
+    """The cosine below which a neighbour counts for nothing."""
+    return 1.0 + config.width * math.log(_LEAST_KERNEL)
+
+
+def actions_of(near: Near, config: MemoryConfig) -> list[Action]:
+    """The evidence about each action that was judged near here."""
+    sure = math.log((1.0 - config.label_noise) / config.label_noise)
+    total: dict[tuple[int, ...], float] = defaultdict(float)
+    logprobs: dict[tuple[int, ...], tuple[float, tuple[float, ...]]] = {}
+    for entry, cosine in near:
+        total[entry.tokens] += sure * math.exp((min(cosine, 1.0) - 1.0) / config.width) * entry.value
+        if entry.logprobs and cosine > logprobs.get(entry.tokens, (-2.0, ()))[0]:
+            logprobs[entry.tokens] = cosine, entry.logprobs  # as the nearest place had them
+    return [
+        Action(tokens, evidence, logprobs.get(tokens, (0.0, ()))[1])
+        for tokens, evidence in total.items()
+        if abs(evidence) >= _LEAST_EVIDENCE
+    ]
+
+
+class Recall:
+    """Implements ``protocols.Recollection``. Used by the engine's thread, and read by its owner afterwards."""
+
+    def __init__(self, source: Source, config: MemoryConfig, tenant: str, space: MemorySpace) -> None:
+        self.tenant, self.space = tenant, space
+        self.key: Floats | None = None
+        self._source, self._config = source, config
+        self._found = Neighbourhood((), 0, 0)
+        self._steering = Steering((), odds=config.odds)
+        self._leant = False
+
+    def situate(self, key: Floats) -> None:
+        self.key = key_of(key)
+        self._look()
+
+    def lean(
+        self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
+    ) -> Mapping[int, float]:
+        if self._found.version != self._source.version(self.tenant):
+            self._look()  # something was forgotten while this answer was written
+        bias = self._steering.lean(drawn, path_logprob, logprobs)
+        self._leant = self._leant or bool(bias)
+        return bias
+
+    def _look(self) -> None:
+        assert self.key is not None, "situate first"
+        self._found = self._source.near(self.tenant, self.space.id, self.key, floor_of(self._config))
+        self._steering = Steering(actions_of(self._found.near, self._config), odds=self._config.odds)
+
+    def trace(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """What memory did to an answer of these tokens; empty where it had no part in it."""
+        if not self._leant:
+            return {}
+        answer = tuple(tokens)
+        nearest = sorted(self._found.near, key=lambda pair: (-pair[1], pair[0].id))
+        spoke_for = [e.id for e, _ in nearest if e.value > 0.0 and e.tokens == answer]
+        against = [e.id for e, _ in nearest if e.value < 0.0 and e.tokens != answer]
+        return {
+            "tenant": self.tenant,
+            "space": self.space.id,
+            "epoch": self._found.epoch,
+            "weight": self._steering.weight,
+            "near": len(self._found.near),
+            "nearest": nearest[0][1] if nearest else None,
+            "for": spoke_for[:_SHOWN],
+            "against": against[:_SHOWN],
+        }
