@@ -65,7 +65,7 @@ def documents(base: Base, tokens: int, count: int) -> dict[str, list[list[int]]]
 
     tables = texts.operator_tables()
     records = [cut(tables[name], start) for name, start in zip(sorted(tables) * 2, (0.3, 0.6, 0.7, 0.2), strict=True)]
-    modules = texts.modules("starlette") | texts.modules("alembic")
+    modules = {**texts.modules("starlette"), **texts.modules("alembic")}
     code = (cut(modules[name], 0.0) for name in texts.shuffled(modules))
     whole = itertools.islice((ids for ids in code if len(ids) == tokens), count)
     return {"records": records[:count], "code": list(whole)}

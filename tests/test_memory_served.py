@@ -36,7 +36,7 @@ SETTLE_S = 1.0  # feedback acts within this of its 202
 
 def settings(model: Path, data: Path, **memory: Any) -> Config:
     engine = EngineConfig(dtype="float32", device="cpu", threads=1, max_batch=4)
-    return Config(model=str(model), data_dir=data, engine=engine, memory=MemoryConfig(**memory), learn=False)
+    return Config(model=str(model), data_dir=data, engine=engine, memory=MemoryConfig(**memory), mode="observe")
 
 
 class Product:
