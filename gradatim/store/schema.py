@@ -147,9 +147,9 @@ steps = _log(
     _bool("trainable"),
     _key("chain_key"),
     _float("latency_s"),
-    Column("coin", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
     _coded("drawn_logprobs", FLOATS, null=True),  # (T,)
     _coded("memory", JSON, null=True),
+    Column("coin", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
     by=("id", "episode_id", "chain_key", "adapter_id", "user"),
     unique="id",
 )
