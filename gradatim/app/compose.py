@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
@@ -82,12 +83,21 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
 
 
 def check_critics(config: Config) -> None:
-    """ConfigError, before anything else is begun, where a critic of the configuration cannot be made."""
-    if config.critics.run:
-        from gradatim.feedback.worker import Bench
+    """ConfigError, before anything else is begun, where a critic of the configuration cannot be made, or code that it
+    runs in a sandbox could read the records."""
+    if not config.critics.run:
+        return
+    from gradatim.feedback.sandbox import readable
+    from gradatim.feedback.worker import Bench
 
-        with Bench(config.critics.run) as bench:
-            bench.check()
+    data_dir = Path(config.data_dir).resolve()
+    for shown in readable():
+        if data_dir.is_relative_to(shown):
+            raise ConfigError(
+                f"{data_dir} lies in {shown}, which code in a sandbox can read; choose another --data-dir"
+            )
+    with Bench(config.critics.run) as bench:
+        bench.check()
 
 
 def build_critique(config: Config, store: SqlStore) -> Critique | None:
