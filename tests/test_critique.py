@@ -253,6 +253,9 @@ def test_the_records_may_not_lie_where_a_sandbox_can_read(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="choose another --data-dir"):
         check_critics(replace(config, data_dir=Path(sys.prefix) / "data"))
     check_critics(replace(config, data_dir=tmp_path))
+    twice = CriticsConfig(run=(critic("good"), critic("last", name="good")))
+    with pytest.raises(ConfigError, match="two critics are called good"):
+        check_critics(replace(config, data_dir=tmp_path, critics=twice))
     check_critics(Config(data_dir=Path(sys.prefix) / "data"))
 
 

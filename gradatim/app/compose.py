@@ -90,6 +90,11 @@ def check_critics(config: Config) -> None:
     from gradatim.feedback.sandbox import readable
     from gradatim.feedback.worker import Bench
 
+    names = [critic.called for critic in config.critics.run]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"critics.run: two critics are called {', '.join(sorted(twice))}; give each a name of its own"
+        )
     data_dir = Path(config.data_dir).resolve()
     for shown in readable():
         if data_dir.is_relative_to(shown):

@@ -79,9 +79,8 @@ class Critique:
         while page := self._store.read(Step, after=self._store.cursor(STEPS), limit=_PAGE):
             passed = 0
             for position, step in page:
-                last = (
-                    self._store.newest(Step, episode_id=step.episode_id)[0][0] == position
-                )  # earlier ones leave it to it
+                [(newest, _)] = self._store.newest(Step, episode_id=step.episode_id)
+                last = newest == position  # an earlier step leaves its episode to the last one
                 if last and not flush and self._clock() - step.created_at < self._config.quiet_s:
                     break
                 records = self._judge(step.episode_id) if last else []
