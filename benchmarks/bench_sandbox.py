@@ -1,10 +1,12 @@
 """What untrusted code can do to the machine that judges it: attacks on the sandbox through the code critic, in the
 process that critics run in, beside a real server.
 
-Each attack is an agent's answer that a critic with unit tests judges. An attack counts as contained when its verdict is
-failed or unknown, as stated for it; nothing outside its folder was written or read; no process of it is left; and the
-server, its loop and its store are what they were. The last attack kills the process that started the sandbox.
-``overhead``: the time of an honest answer's judgement against the same tests run as a plain process.
+Each attack is an agent's answer that a critic with unit tests judges. It is contained when its verdict is the one
+that is stated for it, nothing outside its folder was written or read, no process of it is left, and the server, its
+loop and its store are what they were. An answer that tries something, fails to, and is right otherwise passes its
+tests. The last attack kills the process that started the sandbox. As a control, attacks that do no harm are run without
+a sandbox, where they must succeed. The overhead is the time of an honest answer's judgement against the same tests run
+as a plain process.
 """
 
 from __future__ import annotations
@@ -183,16 +185,32 @@ def killed_parent(before: set[int]) -> bool:
 def attack_all(bench: Bench, of: Mapping[str, Any], before: set[int], check: Any) -> list[dict[str, Any]]:
     rows = []
     for attack in ATTACKS:
-        code = attack.code
-        for name, value in of.items():
-            code = code.replace("{" + name + "}", str(value))
         began = time.monotonic()
-        said = bench.ask(0, episode(code))
+        said = bench.ask(0, episode(filled(attack.code, of)))
         took_s = time.monotonic() - began
         why = said.comment if isinstance(said, Feedback) else said.why if said else ""
         contained = settled(before) and check() and verdict(said) in attack.verdict
         rows.append({"attack": attack.name, "verdict": verdict(said), "why": why, "s": took_s, "contained": contained})
     return rows
+
+
+HARMLESS = ("socket to this machine", "reading the store", "reading the environment", "reading another process")
+
+
+def controls(of: Mapping[str, Any]) -> float:
+    """The share of the attacks that do no harm which succeed without a sandbox: what they try can be done."""
+    hits = 0
+    for attack in ATTACKS:
+        if attack.name in HARMLESS:
+            code = filled(attack.code, of) + "print(square(3))"
+            hits += subprocess.run([sys.executable, "-c", code], capture_output=True).stdout == b"hit\n"
+    return hits / len(HARMLESS)
+
+
+def filled(code: str, of: Mapping[str, Any]) -> str:
+    for name, value in of.items():
+        code = code.replace("{" + name + "}", str(value))
+    return code
 
 
 def overhead(bench: Bench, folder: Path, times: int) -> tuple[float, float]:
@@ -259,11 +277,13 @@ def main() -> None:
                 rows = attack_all(bench, of, before, check)
                 boxed_s, plain_s = overhead(bench, folder, 3 if args.quick else 30)
             parent = killed_parent(before) and check()
+            control = controls(of)
         finally:
             server.stop()
     show(rows)
     goals = [
         harness.Goal("attacks contained, of all", sum(r["contained"] for r in rows) / len(rows), "== 1"),
+        harness.Goal("harmless ones that succeed without it", control, "== 1"),
         harness.Goal("killing the parent: nothing outlives it", float(parent), "== 1"),
         harness.Goal("longest time to a verdict, s", max(r["s"] for r in rows), "<= 20"),
         harness.Goal("honest judgement, median s", boxed_s),

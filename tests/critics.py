@@ -73,4 +73,14 @@ def counting(path: str) -> Callable[[Episode], Feedback | None]:
     return critic
 
 
+def counting_silence(path: str) -> Callable[[Episode], Feedback | None]:
+    count = counting(path)
+
+    def critic(episode: Episode) -> Feedback | None:
+        count(episode)
+        return None
+
+    return critic
+
+
 not_a_critic = 3

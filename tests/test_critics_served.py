@@ -15,10 +15,13 @@ import pytest
 
 from gradatim.app.home import Home
 from gradatim.app.launch import Launched, launch
+from gradatim.app.learning import once
 from gradatim.client import Gradatim
+from gradatim.config import load
 from gradatim.errors import InUseError
 from gradatim.store import open_store
-from gradatim.types import Feedback, Step
+from gradatim.types import Feedback, Reward, Step
+from tests.records import step
 
 WITHIN_S = 240.0
 SETTINGS = """
@@ -90,10 +93,18 @@ def test_every_episode_is_judged_once_whatever_is_killed(tmp_path: Path, tiny_mo
                 return {f.episode_id for _, f in store.read(Feedback, source="critic:length")}
 
             until(lambda: judged() == set(names), "not every episode was judged")
-        status = httpx.get(f"{server.url}/v1/status", timeout=60.0, trust_env=False).json()["loop"]
+
+        def counts() -> dict[str, Any]:
+            status = httpx.get(f"{server.url}/v1/status", timeout=60.0, trust_env=False).json()
+            found: dict[str, Any] = status["loop"].get("critics", {})
+            return found
+
+        ask(server, "one-more")
+        names.append("one-more")
+        until(lambda: "length" in counts(), "the status does not count what critics said")
+        assert counts()["raises"]["unknown"] >= 1 and counts()["good"]["unknown"] == 0
         metrics = httpx.get(f"{server.url}/metrics", timeout=60.0, trust_env=False).text
-        assert set(status["critics"]) <= {"good", "raises", "length"}
-        assert "gradatim_critics_unknown" in metrics
+        assert "gradatim_critics_unknown " in metrics and "gradatim_critics_unknown 0.0" not in metrics
     finally:
         server.kill()
     with open_store(tmp_path / "data" / "gradatim.db") as store:
@@ -107,6 +118,22 @@ def test_every_episode_is_judged_once_whatever_is_killed(tmp_path: Path, tiny_mo
         assert of["critic:good"].value == 1.0 and of["critic:raises"].value is None
         assert of["critic:length"].step_id in {s for e, s in steps if e == name}
     assert len(standing) == 4 * len(names)
+
+
+def test_one_turn_by_hand_asks_the_critics_first_and_waits_for_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
+    settings = {
+        "model": str(tiny_model_dir),
+        "data_dir": str(tmp_path / "data"),
+        "critics": {"quiet_s": 1e9, "run": [{"use": "tests.critics:good"}]},
+    }
+    config = load(overrides=settings, env={})
+    Home(Path(config.data_dir)).prepare()
+    with open_store(tmp_path / "data" / "gradatim.db") as store:
+        store.append(step("s1", "e", created_at=time.time()))
+    once(config)
+    with open_store(tmp_path / "data" / "gradatim.db") as store:
+        assert [f.source for _, f in store.read(Feedback)] == ["critic:good"]
+        assert [(r.episode_id, r.value) for _, r in store.read(Reward)] == [("e", 1.0)]
 
 
 def test_a_server_with_a_critic_that_cannot_be_made_does_not_start(tmp_path: Path, tiny_model_dir: Path) -> None:

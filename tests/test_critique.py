@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gradatim.app.compose import check_critics
 from gradatim.config import Config, CriticConfig, CriticsConfig, RewardConfig, load
 from gradatim.errors import ConfigError, StoreError
 from gradatim.feedback.critique import STEPS, Critique
@@ -99,6 +101,21 @@ def test_a_persons_retraction_stands_until_the_episode_goes_on(store: SqlStore) 
     assert not judge.turn() and not standing(store)
     store.append(step("s2", "e"))
     assert judge.turn() and len(standing(store)) == 1
+    judge.close()
+
+
+def test_a_flood_of_outcomes_asks_no_critic_twice(store: SqlStore, tmp_path: Path) -> None:
+    seen = [tmp_path / "said", tmp_path / "silent"]
+    store.append(step("s1", "e"), *(feedback("outcome", "e", value=1.0) for _ in range(150)))
+    judge = critique(
+        store,
+        critic("counting", options={"path": str(seen[0])}),
+        critic("counting_silence", options={"path": str(seen[1])}),
+    )
+    assert judge.turn() and not judge.turn()
+    store.append(*(feedback("outcome", "e", value=-1.0) for _ in range(150)))
+    assert not judge.turn()
+    assert [path.read_text() for path in seen] == ["e 1\n", "e 1\n"] and len(opinions(store)) == 1
     judge.close()
 
 
@@ -229,6 +246,17 @@ def test_a_failed_write_is_the_stores_error(store: SqlStore) -> None:
 def test_a_critic_that_cannot_be_made_is_refused_at_the_start(use: str, options: Any, says: str) -> None:
     with Bench([CriticConfig(use=use, options=options)]) as bench, pytest.raises(ConfigError, match=says):
         bench.check()
+
+
+def test_the_records_may_not_lie_where_a_sandbox_can_read(tmp_path: Path) -> None:
+    config = Config(critics=CriticsConfig(run=(critic("good"),)))
+    with pytest.raises(ConfigError, match="choose another --data-dir"):
+        check_critics(replace(config, data_dir=Path(sys.prefix) / "data"))
+    check_critics(replace(config, data_dir=tmp_path))
+    twice = CriticsConfig(run=(critic("good"), critic("last", name="good")))
+    with pytest.raises(ConfigError, match="two critics are called good"):
+        check_critics(replace(config, data_dir=tmp_path, critics=twice))
+    check_critics(Config(data_dir=Path(sys.prefix) / "data"))
 
 
 def test_the_configuration_names_critics(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ def test_success_is_imitated_and_failure_avoided(store: Store) -> None:
     assert (good.kind, good.origin, good.verified) == ("imitate", "success", True)
     (bad,) = built(store, case_of(feedback("outcome", value=-1.0)))
     assert (bad.kind, bad.origin, bad.verified) == ("avoid", "failure", False)
+    (liked,) = built(store, case_of(feedback("score", value=1.0), feedback("outcome", value=None)))
+    assert (liked.kind, liked.verified) == ("imitate", False), "an unknown outcome verifies nothing"
 
 
 def test_opposite_answers_to_the_same_state_become_a_pair(store: Store) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
@@ -91,12 +92,26 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
 
 
 def check_critics(config: Config) -> None:
-    """ConfigError, before anything else is begun, where a critic of the configuration cannot be made."""
-    if config.critics.run:
-        from gradatim.feedback.worker import Bench
+    """ConfigError, before anything else is begun, where a critic of the configuration cannot be made, or code that it
+    runs in a sandbox could read the records."""
+    if not config.critics.run:
+        return
+    from gradatim.feedback.sandbox import readable
+    from gradatim.feedback.worker import Bench
 
-        with Bench(config.critics.run) as bench:
-            bench.check()
+    names = [critic.called for critic in config.critics.run]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(
+            f"critics.run: two critics are called {', '.join(sorted(twice))}; give each a name of its own"
+        )
+    data_dir = Path(config.data_dir).resolve()
+    for shown in readable():
+        if data_dir.is_relative_to(shown):
+            raise ConfigError(
+                f"{data_dir} lies in {shown}, which code in a sandbox can read; choose another --data-dir"
+            )
+    with Bench(config.critics.run) as bench:
+        bench.check()
 
 
 def build_critique(config: Config, store: SqlStore) -> Critique | None:

@@ -137,8 +137,15 @@ def config(file: ConfigFile = None, data_dir: DataDir = None, as_json: AsJson = 
     chosen = settings(file, overrides(data_dir=data_dir))
     origins = _origins(chosen, config_file(file), data_dir)
     rows = {key: {"value": v, "from": origins[key]} for key, v in configuration.flatten(chosen).items()}
-    cells = [(key, row["value"], row["from"]) for key, row in rows.items()]
+    cells = [(key, _shown(row["value"]), row["from"]) for key, row in rows.items()]
     output.show(rows, as_json, lambda console: console.print(output.table(("key", "value", "from"), cells)))
+
+
+def _shown(value: Any) -> Any:
+    """Of a list of tables, such as critics, what each of them uses."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [item["use"] if isinstance(item, Mapping) else item for item in value]
 
 
 def _origins(chosen: configuration.Config, file: Path | None, data_dir: Path | None) -> Mapping[str, str]:

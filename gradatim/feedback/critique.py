@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 STEPS = "critics.steps"  # cursor: every episode whose last step is not past it has been judged up to that step
 OUTCOMES = "critics.outcomes"  # cursor: so has every episode with an outcome that is not past it
 _PAGE = 64
+_MOST_REMEMBERED = 100_000
 _MOST_OPINIONS = 10_000  # on one episode, looked at for what critics said of it before
 
 
@@ -46,6 +47,7 @@ class Critique:
         self._bench = Bench(config.run)
         self._counts: Counter[tuple[str, str]] = Counter()  # (critic, judged | unknown)
         self._lock = threading.Lock()
+        self._silent: set[tuple[int, str]] = set()  # (critic, last step) that had no opinion, and left no record of it
 
     def close(self) -> None:
         self._bench.close()
@@ -77,9 +79,8 @@ class Critique:
         while page := self._store.read(Step, after=self._store.cursor(STEPS), limit=_PAGE):
             passed = 0
             for position, step in page:
-                last = (
-                    self._store.newest(Step, episode_id=step.episode_id)[0][0] == position
-                )  # earlier ones leave it to it
+                [(newest, _)] = self._store.newest(Step, episode_id=step.episode_id)
+                last = newest == position  # an earlier step leaves its episode to the last one
                 if last and not flush and self._clock() - step.created_at < self._config.quiet_s:
                     break
                 records = self._judge(step.episode_id) if last else []
@@ -109,8 +110,11 @@ class Critique:
             tags = _tags(critic)
             earlier = [f for f in before.values() if tags[0] in f.tags]
             judged = any(own in f.tags and tags[1] in f.tags for f in earlier)
-            if not judged and (not critic.skills or last.skill in critic.skills):
+            silent = (number, last.id) in self._silent
+            if not (judged or silent) and (not critic.skills or last.skill in critic.skills):
                 said = self._ask(number, critic, episode)
+                if not said:
+                    self._remember((number, last.id))
                 out += self._revised([self._signed(f, critic, (*tags, own)) for f in said], earlier)
         if self._config.implicit:
             signals = [self._as_record(f, (_IMPLICIT, own)) for f in implicit(episode, self._config.implicit)]
@@ -118,6 +122,12 @@ class Critique:
             known = {f.id: f for f in earlier}
             out += [f for f in self._revised(signals, earlier) if f.retracted or _is_news(f, known.get(f.id), own)]
         return out
+
+    def _remember(self, silent: tuple[int, str]) -> None:
+        """So that a flood of outcomes does not ask it again and again."""
+        if len(self._silent) >= _MOST_REMEMBERED:
+            self._silent.clear()
+        self._silent.add(silent)
 
     def _ask(self, number: int, critic: CriticConfig, episode: Episode) -> list[Feedback]:
         said = self._bench.ask(number, episode)

@@ -79,6 +79,8 @@ def launch(spec: Mapping[str, Any]) -> NoReturn:
     status: int = spec["status"]
     os.set_inheritable(status, False)
     _die_with_parent()
+    if os.getppid() != spec["parent"]:  # it died before it was asked to take us along
+        os._exit(1)
     unshared, mapped = os.pipe(), os.pipe()
     shell = os.fork()
     if shell == 0:
@@ -125,11 +127,12 @@ def _shell(spec: Mapping[str, Any], unshared: int, mapped: int) -> NoReturn:
     os.write(unshared, b"u")
     if not os.read(mapped, 1):
         os._exit(1)
-    alive = os.pipe()
+    bound, alive = os.pipe(), os.pipe()
     init = os.fork()
     if init == 0:
         os.close(alive[1])
-        _guarded(lambda: _init(spec, alive[0]), spec["status"])
+        _guarded(lambda: _init(spec, bound[1], alive[0]), spec["status"])
+    os.read(bound[0], 1)
     os.write(alive[1], b"a")
     _exit_as(init)
 
@@ -137,9 +140,10 @@ def _shell(spec: Mapping[str, Any], unshared: int, mapped: int) -> NoReturn:
 # ------------------------------------------------------------------------------------------ pid 1 of the box
 
 
-def _init(spec: Mapping[str, Any], alive: int) -> NoReturn:
+def _init(spec: Mapping[str, Any], bound: int, alive: int) -> NoReturn:
     _die_with_parent()
-    if not os.read(alive, 1):  # the parent died before it was asked to take us along
+    os.write(bound, b"b")
+    if not os.read(alive, 1):  # the parent, whose number cannot be seen from in here, is gone already
         os._exit(1)
     deadline = time.monotonic() + spec["wall_s"]
     with contextlib.suppress(OSError):

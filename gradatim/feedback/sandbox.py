@@ -139,7 +139,7 @@ def _launch(orders: dict[str, Any], limits: Limits) -> Ran:
             with contextlib.suppress(OSError):
                 os.set_inheritable(tells, False)
         with process:
-            _order(process, json.dumps({**orders, "status": tells}).encode())
+            _order(process, json.dumps({**orders, "status": tells, "parent": os.getpid()}).encode())
             os.close(tells)
             output, stopped = _collect(process, limits, began + limits.wall_s + _GRACE_S)
             process.kill()  # and with it, whatever is left of the box
