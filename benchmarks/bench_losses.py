@@ -11,10 +11,11 @@ questions that greedy decoding still gives, each after the answer's own beginnin
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -212,8 +213,26 @@ def frozen_adapter(base: Base) -> Adapter:
     return an_adapter(0, base_sha256=base.sha256, sha256=base.sha256)
 
 
-def run_seed(seed: int, data_dir: Path, counts: tuple[int, int], losses: Sequence[Any]) -> list[dict[str, Any]]:
-    """One row per loss, after one for the frozen model."""
+Loss = tuple[str, str, Mapping[str, Any]]
+FROZEN: Loss = ("none", "frozen", {})
+
+
+def run_seed(
+    seed: int, data_dir: Path, counts: tuple[int, int], losses: Sequence[Loss], results: Path
+) -> list[dict[str, Any]]:
+    """One row per loss, after one for the frozen model. Rows that lie in ``results`` are not made again."""
+    files = {x[:2]: results / f"{seed}-{x[0]}-{x[1].replace(', ', '+')}.json" for x in (FROZEN, *losses)}
+    missing = [(k, x) for k, x in enumerate((FROZEN, *losses)) if not files[x[:2]].exists()]
+    if missing:
+        for row in made_rows(seed, data_dir, counts, missing):
+            files[row["feedback"], row["loss"]].write_text(json.dumps(row))
+            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return [json.loads(file.read_text()) for file in files.values()]
+
+
+def made_rows(
+    seed: int, data_dir: Path, counts: tuple[int, int], wanted: Sequence[tuple[int, Loss]]
+) -> Iterator[dict[str, Any]]:
     train, held_out = counts
     rng = random.Random(seed)
     pages = states(train, 10_000 * (seed + 1), rng)
@@ -224,19 +243,22 @@ def run_seed(seed: int, data_dir: Path, counts: tuple[int, int], losses: Sequenc
     base = load_base("smollm2", data_dir, dtype="bfloat16", device="cpu")
     frozen, teacher = frozen_adapter(base), Teacher(Renderer(base))
     exam = Exam(base, data_dir, others[:held_out], known)
-    rows: list[dict[str, Any]] = [{"seed": seed, "feedback": "none", "loss": "frozen", **exam.of(frozen)}]
-    for number, (kind, name, table) in enumerate(losses, 1):
-        made = [teacher.example(kind, i, p, g) for i, (p, g) in enumerate(zip(pages, given, strict=True))]
-        examples = [e for e in made if e is not None]
-        learner = LoraLearner(base, LearnerConfig(seed=seed, losses=LossConfig(**table)), data_dir, f"agent{seed}")
-        started_s = time.process_time()
-        update, adapter = learner.update(examples, [], frozen, number)
-        row = {"seed": seed, "feedback": kind, "loss": name, "examples": len(examples)}
-        row |= {"cpu_s": time.process_time() - started_s, "refused": update.refused_because}
-        row |= {k: update.metrics[k] for k in ("silent_hints", "delta_norm", "hint_nats") if k in update.metrics}
-        rows.append(row | exam.of(adapter or frozen))
-        print({k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
-    return rows
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (kind, name, table) in wanted:
+            row: dict[str, Any] = {"seed": seed, "feedback": kind, "loss": name}
+            if number == 0:
+                yield row | exam.of(frozen)
+                continue
+            made = [teacher.example(kind, i, p, g) for i, (p, g) in enumerate(zip(pages, given, strict=True))]
+            examples = [e for e in made if e is not None]
+            config = LearnerConfig(seed=seed, losses=LossConfig(**table))
+            learner = LoraLearner(base, config, Path(folder), "agent")
+            started_s = time.process_time()
+            update, adapter = learner.update(examples, [], frozen, number)
+            row |= {"examples": len(examples), "cpu_s": time.process_time() - started_s}
+            row["refused"] = update.refused_because
+            row |= {k: update.metrics[k] for k in ("silent_hints", "delta_norm", "hint_nats") if k in update.metrics}
+            yield row | replace(exam, data_dir=Path(folder)).of(adapter or frozen)
 
 
 def mean(rows: Sequence[Mapping[str, Any]], kind: str, loss: str, what: str) -> float:
@@ -267,16 +289,20 @@ def goals(rows: Sequence[Mapping[str, Any]], losses: Sequence[Any]) -> list[harn
 
 
 def main() -> None:
-    args = harness.options(__doc__).parse_args()
+    parser = harness.options(__doc__)
+    parser.add_argument("--results", type=Path, help="where finished rows are kept (default: a temporary folder)")
+    parser.add_argument("--data-dir", type=Path, help="holds the converted model (default: a temporary folder)")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     quick = bool(args.quick)
     losses = [x for x in LOSSES if not quick or x[0] in ("corrections", "hints")]
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        results: Path = args.results or Path(scratch) / "results"
+        results.mkdir(parents=True, exist_ok=True)
         for seed in range(1 if quick else 3):
-            rows += run_seed(seed, Path(folder), (8, 6) if quick else (36, 32), losses)
-    details = {"rows": rows, "cpu_s": time.process_time()}
-    harness.report("bench_losses", goals(rows, losses), details, args)
+            rows += run_seed(seed, args.data_dir or Path(scratch), (8, 6) if quick else (36, 32), losses, results)
+    harness.report("bench_losses", goals(rows, losses), {"rows": rows}, args)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class LearnerConfig:
     kl_fresh_limit: float = 0.3  # nats a token from live on the newest answers: a change past it is shortened
     kl_base_limit: float = 2.0  # nats a token between candidate and frozen model on fresh answers: its life's budget
     length_limit: float = 1.5  # times as long as the parent's: an update that makes fresh answers longer is cut; 0: off
-    habit_limit: float = 0.2  # rise of the chance that fresh answers repeat, refuse, flatter, or agree wrongly; 0: off
+    habit_limit: float = 0.3  # rise of the chance that fresh answers repeat, refuse, flatter, or agree wrongly; 0: off
     ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
     agem: bool = False  # take out of new examples' gradient what opposes that of the replayed ones (A-GEM)
     gate_cosine: float = 0.0  # a new example that pulls against verified replayed ones by more is left out; 0: off
