@@ -62,6 +62,17 @@ class RewardConfig:
     source_cap: int = 200  # opinions of one rater, the newest, that reliabilities are learned from
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditConfig:
+    """How the reward of a long episode is shared out over its steps, beside what was said of single ones."""
+
+    __pydantic_config__ = _STRICT
+    order: tuple[Literal["fork", "anchor", "decomposition"], ...] = ("fork", "anchor", "decomposition")  # then outcome
+    long_steps: int = 8  # an episode of fewer steps keeps the outcome rule
+    least_fit: float = 0.2  # share of the variance of rewards that decomposition must explain
+    window: int = 500  # long episodes, the newest, that are looked back on
+
+
 _OverAnswer = Literal["dpo", "robust_dpo", "ipo", "kto", "apo_zero", "sft"]
 _Sampled = Literal["policy_gradient", "dr_grpo"]
 _Unpaired = Literal["sft", "kto", "apo_zero", _Sampled]
@@ -230,6 +241,7 @@ class Config:
     server: ServerConfig = field(default_factory=ServerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradatim.config import RewardConfig
+from gradatim.app import diagnosis, offline
+from gradatim.app.home import Home
+from gradatim.config import Config, RewardConfig
 from gradatim.protocols import Store
-from gradatim.reward import FITTED, AuditedReward, WeightedReward, aggregate
+from gradatim.reward import FITTED, AuditedReward, WeightedReward, aggregate, queue
 from gradatim.reward.abstain import FAULT_VALUE, fault
 from gradatim.reward.calibrate import calibrate, is_held_out
 from gradatim.reward.evidence import Judged, Opinion, evidence, label_of
@@ -48,10 +50,10 @@ def said(episode: str, source: str, value: float | None, kind: str = "score", **
 
 
 def an_episode(name: str, good: bool, rng: random.Random, audited: bool) -> list[Feedback]:
-    """A click that is right in 60 %, of most a judge that is right in 99 %, and, of some, an audit."""
+    """A click that is right in 60 %, of half a judge that is right in 99 %, and, of some, an audit."""
     sign = 1.0 if good else -1.0
     out = [said(name, "implicit:click", sign if rng.random() < 0.6 else -sign)]
-    if rng.random() < 0.7:
+    if rng.random() < 0.5:
         out.append(said(name, "judge:j", sign if rng.random() < 0.99 else -sign))
     return [*out, said(name, "human:audit-kim", sign, "outcome")] if audited else out
 
@@ -111,7 +113,7 @@ def test_with_enough_labels_it_is_calibrated_and_abstains_where_it_is_not_sure(s
     open_ones = [r for e, r in rewards.items() if int(e[1:]) >= 200]
     assert all(r.value is None or r.reason.startswith("P(good)") for r in open_ones)
     judged = [r for r in open_ones if r.value is not None]
-    assert len(judged) > 50
+    assert len(judged) > 30
     agree = last_case(store, judged[0].episode_id)
     by_judge = next(f.value for f in agree.feedback if f.source == "judge:j")
     assert by_judge is not None and judged[0].value is not None and judged[0].value * by_judge > 0
@@ -369,3 +371,57 @@ def test_opinions_on_steps_count_where_there_is_none_on_the_episode() -> None:
     assert only.value == -1.0
     (both,) = evidence(EpisodeId("e"), (step(),), [on_step, whole], ()).opinions
     assert both.value == 1.0
+
+
+# ------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_the_queue_takes_turns_and_lists_nothing_that_is_audited(store: Store) -> None:
+    fill(store, 60, audited=20)
+    model = AuditedReward(store, CONFIG, read_only=True)
+    model.follow(10_000)
+    wanted = queue(model, 1000)
+    assert len(wanted) == len({w.episode_id for w in wanted}) == 40
+    assert all(int(w.episode_id[1:]) >= 20 for w in wanted)
+    halves = [is_held_out(w.episode_id) for w in wanted[:20]]
+    assert halves == [False, True] * 10
+    unsure = [abs(w.good - 0.5) for w in wanted if not is_held_out(w.episode_id)]
+    assert unsure[0] < unsure[-1]
+    assert queue(model, 3) == wanted[:3]
+
+
+def test_the_command_lists_them_with_their_last_answer(tmp_path: Path) -> None:
+    config = Config(data_dir=tmp_path)
+    Home(tmp_path).prepare()
+    with open_store(Home(tmp_path).store) as opened:
+        fill(opened, 4, audited=1)
+    rows = offline.audit_queue(config, 2)
+    assert [set(row) for row in rows] == [{"episode", "response", "good", "why", "answer"}] * 2
+    assert rows[0]["response"] == f"s-{rows[0]['episode']}" and rows[0]["answer"] == "click 2"
+
+
+@pytest.mark.parametrize(
+    ("told", "level", "words"),
+    [
+        ({"rule": "weighted", "audited_labels": 0}, "info", "no outcome came from a source"),
+        ({"rule": "weighted", "audited_labels": 7}, "info", "7 audited labels of the 60"),
+        ({"rule": "calibrated", "acts_from": None, "held_out_labels": 9}, "wait", "9 held-out labels show no way"),
+        ({"rule": "calibrated", "acts_from": 0.8, "coverage": 0.5}, "good", "50 % of open episodes"),
+    ],
+)
+def test_doctor_says_which_rule_judges(told: dict[str, Any], level: str, words: str) -> None:
+    base = {"audited_labels": 80, "labels_wanted": 60, "risk": 0.1, "confidence": 0.9}
+    (finding,) = diagnosis._reward({**base, **told})
+    assert finding.level == level
+    assert words in finding.detail
+
+
+def test_what_status_shows(store: Store) -> None:
+    fill(store, 150, audited=120)
+    model = AuditedReward(store, CONFIG)
+    model.follow(10_000)
+    told = model.describe()
+    assert told["rule"] == "calibrated" and told["audited_labels"] == 120
+    assert isinstance(told["held_out_labels"], int) and 30 < told["held_out_labels"] < 90
+    assert isinstance(told["coverage"], float) and told["coverage"] > 0.3
+    assert isinstance(told["selective_risk"], float) and told["selective_risk"] <= CONFIG.risk

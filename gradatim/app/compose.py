@@ -124,7 +124,7 @@ def build_critique(config: Config, store: SqlStore) -> Critique | None:
 
 
 def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
-    from gradatim.credit import OutcomeCredit
+    from gradatim.credit import HorizonCredit
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
     from gradatim.learner.replay import StoreReplay
@@ -155,7 +155,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
         name=config.name,
         store=store,
         reward_model=AuditedReward(store, config.reward),
-        credit=OutcomeCredit(config.reward),
+        credit=HorizonCredit(store, config.credit, config.reward),
         examples=ExampleBuilder(
             store,
             renderer,

@@ -123,6 +123,7 @@ def _learning(facts: Facts, learning: Mapping[str, Any]) -> Iterator[Finding]:
     yield _feedback(learning)
     if learning["records"]["feedback"]:
         yield _judged(learning)
+        yield from _reward(learning.get("reward"))
         yield _examples(facts.config, learning)
         yield from _updates(learning)
 
@@ -149,6 +150,32 @@ def _judged(learning: Mapping[str, Any]) -> Finding:
         )
     detail = f"{judged - abstained} of the last {judged} episodes were judged"
     return Finding("rewards", "good", detail + (f"; the others: {reasons}" if abstained else ""))
+
+
+def _reward(reward: Mapping[str, Any] | None) -> Iterator[Finding]:
+    """Which rule judges, and whether it has the labels that it takes."""
+    if reward is None:
+        return
+    labels, wanted = reward["audited_labels"], reward["labels_wanted"]
+    more = "gradatim feedback queue names the episodes to audit"
+    if reward["rule"] == "weighted":
+        if labels:
+            detail = f"the weighted rule judges: {labels} audited labels of the {wanted} that calibration takes"
+            yield Finding("calibration", "info", detail, more)
+        else:
+            detail = "the weighted rule judges: no outcome came from a source that reward.audited names"
+            yield Finding("calibration", "info", detail, "name the sources that see the truth; " + more)
+        return
+    stated = f"{100 * reward['risk']:.0f} % at {100 * reward['confidence']:.0f} % confidence"
+    if reward.get("acts_from") is None:
+        held = reward.get("held_out_labels", 0)
+        detail = (
+            f"it abstains on all that is not audited: {held} held-out labels show no way to keep a risk of {stated}"
+        )
+        yield Finding("calibration", "wait", detail, more)
+        return
+    detail = f"a risk of {stated}, on {labels} audited labels; {100 * reward['coverage']:.0f} % of open episodes judged"
+    yield Finding("calibration", "good", detail)
 
 
 def _examples(config: Config, learning: Mapping[str, Any]) -> Finding:

@@ -18,9 +18,10 @@ from gradatim.app.home import Home
 from gradatim.app.memory import open_kept
 from gradatim.config import Config
 from gradatim.errors import ConfigError, InUseError
+from gradatim.reward import AuditedReward, queue
 from gradatim.server import build_app
 from gradatim.store import SqlStore
-from gradatim.types import Adapter, AdapterId, Delta, EpisodeId, Feedback, Request, Route, Started
+from gradatim.types import Adapter, AdapterId, Delta, EpisodeId, Feedback, Request, Route, Started, Step
 
 _NOT_RUNNING = "no server runs on this data directory: start one with `gradatim serve`"
 
@@ -66,6 +67,27 @@ def newest_feedback(config: Config, limit: int) -> list[dict[str, Any]]:
     """Every revision counts, newest first. ConfigError where the data directory holds no records."""
     with _existing(config) as store:
         return [report.feedback_row(f) for _, f in store.newest(Feedback, limit=limit)]
+
+
+def audit_queue(config: Config, limit: int) -> list[dict[str, Any]]:
+    """The episodes whose audited label would help most, each with its last response and what is believed of it.
+    ConfigError where the data directory holds no records."""
+    with _existing(config) as store:
+        judge = AuditedReward(store, config.reward, read_only=True)
+        judge.follow(store.end())
+        rows = []
+        for wanted in queue(judge, limit):
+            last = store.newest(Step, episode_id=wanted.episode_id)
+            rows.append(
+                {
+                    "episode": wanted.episode_id,
+                    "response": last[0][1].id if last else None,
+                    "good": wanted.good,
+                    "why": wanted.why,
+                    "answer": last[0][1].text if last else "",
+                }
+            )
+        return rows
 
 
 def _existing(config: Config) -> SqlStore:

@@ -36,12 +36,21 @@ def status(file: ConfigFile = None, data_dir: DataDir = None, name: Name = None,
 
 
 def _draw_status(console: Console, value: Json) -> None:
-    apart = ("last_update", "refused_recently", "records", "feedback_to_live_s", "loop", "server", "abstained_because")
+    apart = (
+        "last_update",
+        "refused_recently",
+        "records",
+        "feedback_to_live_s",
+        "loop",
+        "server",
+        "abstained_because",
+        "reward",
+    )
     top = {k: v for k, v in value.items() if k not in apart}
     if latencies := value["feedback_to_live_s"]:
         top["feedback to live"] = f"{sorted(latencies)[len(latencies) // 2]:.1f} s (median of {len(latencies)})"
     console.print(output.facts(top))
-    for section in ("records", "loop", "server"):
+    for section in ("records", "reward", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
     if last := value["last_update"]:

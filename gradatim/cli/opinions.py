@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
     group.callback(epilog="Example: gradatim feedback")(default)
     group.command("list", epilog="Example: gradatim feedback list --limit 50")(listing)
     group.command("send", epilog="Example: gradatim feedback send chatcmpl-8a61 --correction 'click 3'")(send)
+    group.command("queue", epilog="Example: gradatim feedback queue --limit 10")(audits)
     app.add_typer(group, name="feedback")
 
 
@@ -46,6 +47,20 @@ def listing(limit: Limit = 20, file: ConfigFile = None, data_dir: DataDir = None
         for row in rows
     ]
     output.show(rows, as_json, lambda console: console.print(output.table(columns, cells)))
+
+
+def audits(limit: Limit = 20, file: ConfigFile = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+    """The episodes whose audited outcome would help most."""
+    from gradatim.app.offline import audit_queue
+
+    config = recorded(file, data_dir)
+    rows = audit_queue(config, limit)
+    columns = ("response", "episode", "P(good)", "why", "answer")
+    cells = [(r["response"], r["episode"], round(r["good"], 2), r["why"], output.short(r["answer"])) for r in rows]
+    output.show(rows, as_json, lambda console: console.print(output.table(columns, cells)))
+    if rows and not as_json:
+        source = next(iter(config.reward.audited), "human:audit*").replace("*", "-you")
+        output.note(f"gradatim feedback send RESPONSE --outcome true --source {source}")
 
 
 def send(

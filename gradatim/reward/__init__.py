@@ -5,6 +5,7 @@ learn the sources' reliabilities from, and to say how often it is wrong.
 """
 
 from gradatim.reward.audited import FITTED, AuditedReward
+from gradatim.reward.queue import Wanted, queue
 from gradatim.reward.weighted import WeightedReward
 
-__all__ = ["FITTED", "AuditedReward", "WeightedReward"]
+__all__ = ["FITTED", "AuditedReward", "Wanted", "WeightedReward", "queue"]

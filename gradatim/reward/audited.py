@@ -145,6 +145,29 @@ class AuditedReward:
 
     # ------------------------------------------------------------------------------------------ looking
 
+    def describe(self) -> dict[str, float | int | str | None]:
+        """How it judges, in plain values, for whoever looks at it."""
+        fit, config = self.model, self._config
+        rule = "calibrated" if self.is_calibrated else "weighted"
+        told: dict[str, float | int | str | None] = {
+            "rule": rule,
+            "audited_labels": self._ledger.labels,
+            "labels_wanted": config.min_labels,
+            "risk": config.risk,
+            "confidence": config.confidence,
+            "risk_alarms": self._ledger.alarms,
+        }
+        if fit is None:
+            return told
+        held = fit.threshold
+        return told | {
+            "held_out_labels": held.labels,
+            "acts_from": held.value,
+            "coverage": fit.coverage,
+            "ece": fit.ece,
+            "selective_risk": held.errors / held.kept if held.kept else None,
+        }
+
     @property
     def model(self) -> Calibrated | None:
         return self._fit.model if self._fit else None

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 GRID = tuple(0.5 + 0.005 * k for k in range(100))  # of P(the sign is right)
 FEWEST_OF_A_KIND = 5  # labels of good, and of bad episodes, in the fitted half
 FEWEST_ALIKE = 5  # fitted labels on episodes that just these families of sources spoke of; with fewer, it abstains
-VENN_ABERS_FROM = 250  # held-out labels; with fewer, the logistic model's own probability is the better calibrated one
+VENN_ABERS_FROM = 500  # held-out labels; with fewer, the logistic model's own probability is the better calibrated one
 
 
 def is_held_out(episode_id: str) -> bool:
