@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from gradatim import __version__
-from gradatim.cli import adapters, doctor, looking, opinions, running, showing
+from gradatim.cli import adapters, audit, doctor, evaluating, looking, opinions, running, showing
 from gradatim.cli.output import note
 from gradatim.errors import GradatimError
 
@@ -56,6 +56,8 @@ showing.register(app)
 looking.register(app)
 opinions.register(app)
 adapters.register(app)
+audit.register(app)
+evaluating.register(app)
 doctor.register(app)
 
 
