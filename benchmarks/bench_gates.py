@@ -385,6 +385,7 @@ def canary_goals(scale: float, details: dict[str, Any]) -> list[harness.Goal]:
     def shipped(label: str, world: World, runs: int, horizon: int, release: ReleaseConfig = RELEASE) -> dict[str, Any]:
         tally = trials(world, runs, horizon, {"shipped": lambda n: Shipped(n, release)}, seed=len(details))
         details[label] = tally["shipped"].row(within=6000)
+        print(label, details[label], flush=True)
         return dict(details[label])
 
     null = shipped("no effect", World(0.0), long, 20_000)

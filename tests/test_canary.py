@@ -349,6 +349,21 @@ def test_a_live_one_that_falls_is_rolled_back_and_a_world_that_falls_is_not() ->
     assert min(calm) == 600
 
 
+def test_when_both_fell_the_world_has_changed_and_is_the_new_measure() -> None:
+    config = ReleaseConfig(canary=True, confirm_episodes=200)
+    watch = Watch(config, (0.9, math.nan))
+    for i in range(600):
+        treated = i % 2 == 0
+        reward = float(i % 5 != 0) if i < 300 else float(i % 10 < 4)  # 0.8, then 0.4 in both arms
+        watch.score([Scored(served(i, treated, 0.5), (reward, math.nan), True, False)])
+    assert (watch.harm, watch.alarms, watch.world) == ("", 1, 1)
+    assert watch.usual[0] == pytest.approx(0.4, abs=0.1)
+    before = watch.alarms
+    for i in range(600, 1200):
+        watch.score([Scored(served(i, i % 2 == 0, 0.5), (float(i % 10 < 4), math.nan), True, False)])
+    assert watch.alarms == before
+
+
 def test_garbage_is_noticed_within_fifty_requests() -> None:
     watch = Watch(ReleaseConfig(canary=True), (math.nan, math.nan), broken=0.01)
     for i in range(50):

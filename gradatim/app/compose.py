@@ -140,9 +140,8 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
-    gates: dict[Stage, tuple[Gate, ...]] = {
-        Stage.CANDIDATE: (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
-    }
+    offline = (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
+    gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*offline, *_suite_gate(config, base))}
     path = {Stage.CANDIDATE: Stage.LIVE}
     if config.release.canary:
         gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
@@ -171,3 +170,13 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
         config=config.loop,
         learning=config.learner,
     )
+
+
+def _suite_gate(config: Config, base: Base) -> tuple[Gate, ...]:
+    """The user's own cases, where there are any."""
+    from gradatim.app.answering import Answers
+    from gradatim.release.suite import SuiteGate, load_suite
+
+    if not config.gate.suite:
+        return ()
+    return (SuiteGate(load_suite(Path(config.gate.suite)), Answers(build_engine(config, base)), config.gate),)

@@ -6,8 +6,11 @@ For the command line where nothing listens. There is no engine, so whatever need
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,10 +20,11 @@ from gradatim.app.administration import Administration
 from gradatim.app.home import Home
 from gradatim.app.memory import open_kept
 from gradatim.config import Config
-from gradatim.errors import ConfigError, InUseError
+from gradatim.errors import ConfigError, InUseError, UnknownAdapterError
 from gradatim.reward import AuditedReward, queue
 from gradatim.server import build_app
 from gradatim.store import SqlStore
+from gradatim.store import audit as chain
 from gradatim.types import Adapter, AdapterId, Delta, EpisodeId, Feedback, Request, Route, Started, Step
 
 _NOT_RUNNING = "no server runs on this data directory: start one with `gradatim serve`"
@@ -88,6 +92,48 @@ def audit_queue(config: Config, limit: int) -> list[dict[str, Any]]:
                 }
             )
         return rows
+
+
+def evaluation(config: Config, suite: Path, adapter_id: str, against: str | None) -> dict[str, Any]:
+    """The suite gate's verdict on one adapter against another (the live one), by an engine made for it."""
+    from gradatim.app.answering import Answers
+    from gradatim.release.suite import SuiteGate, load_suite
+
+    cases = load_suite(suite)
+    with _existing(config) as store:
+        base = compose.build_base(config)
+        compose.register_base(store, config, base.sha256)
+        other = against or report.live_id(store, config.name) or f"{config.name}@0"
+        subject, reference, anchor = (_adapter(store, a) for a in (adapter_id, other, f"{config.name}@0"))
+        with closing(compose.build_engine(config, base)) as engine:
+            verdict = SuiteGate(cases, Answers(engine), config.gate).check(subject, reference, anchor)
+    return {
+        "adapter": verdict.adapter_id,
+        "against": other,
+        "decision": verdict.decision.value,
+        "reason": verdict.reason,
+        **verdict.evidence,
+    }
+
+
+def _adapter(store: SqlStore, adapter_id: str) -> Adapter:
+    for _, adapter in store.newest(Adapter, id=adapter_id):
+        return adapter
+    raise UnknownAdapterError(f"no adapter {adapter_id}: see `gradatim adapters list`")
+
+
+def audit(config: Config, head: str) -> dict[str, Any]:
+    """What a check of the chain of decisions found."""
+    with _existing(config) as store, store.engines.read.begin() as connection:
+        found = chain.check(connection, head)
+    return {**asdict(found), "problems": list(found.problems)}
+
+
+def decisions(config: Config) -> Iterator[str]:
+    """Every chained decision as a line of JSON, oldest first."""
+    with _existing(config) as store, store.engines.read.begin() as connection:
+        for position, content, hashed in chain.entries(connection):
+            yield json.dumps({"position": position, "decision": json.loads(content), "hash": hashed})
 
 
 def _existing(config: Config) -> SqlStore:

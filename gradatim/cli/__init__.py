@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from gradatim import __version__
-from gradatim.cli import adapters, doctor, looking, memory, opinions, running, showing
+from gradatim.cli import adapters, audit, doctor, evaluating, looking, memory, opinions, running, showing
 from gradatim.cli.output import note
 from gradatim.errors import GradatimError
 
@@ -57,6 +57,8 @@ looking.register(app)
 opinions.register(app)
 adapters.register(app)
 memory.register(app)
+audit.register(app)
+evaluating.register(app)
 doctor.register(app)
 
 

@@ -39,12 +39,14 @@ class Watch:
     broken: float = 0.0
     harm: str = ""  # why it is rolled back; never unsaid
     alarms: int = 0
+    world: int = 0  # alarms that were cleared: both adapters fell, so it was not the live one
     seen: int = 0  # rewards
     _hard: Detector = field(init=False)
     _fast: dict[str, Detector] = field(init=False)
     _standing: dict[str, Contrast] = field(init=False)
     _confirming: dict[str, Contrast] = field(init=False)
     _left: int = 0  # rated episodes until an alarm is cleared
+    _lately: list[list[float]] = field(default_factory=list)  # of each class: sum and count of rewards since an alarm
 
     def __post_init__(self) -> None:
         self._hard = Detector(1.0 - min(0.3, 2.0 * self.broken + 0.02))
@@ -82,12 +84,25 @@ class Watch:
         if self.is_suspicious:
             self.harm = self.harm or self._contrast(self._confirming, unit, self.config.alpha_confirm)
             self._left -= rated
+            self._count(unit)
             if not self.is_suspicious:
-                self._reset()
+                self._clear()
         elif unit.served.treated and self._is_alarming(unit):
             self.alarms += 1
             self._left = self.config.confirm_episodes
             self._confirming = self._contrasts()
+            self._lately = [[0.0, 0.0] for _ in CLASSES]
+
+    def _count(self, unit: Scored) -> None:
+        for counted, reward in zip(self._lately, unit.rewards, strict=True):
+            if not math.isnan(reward):
+                counted[0], counted[1] = counted[0] + reward, counted[1] + 1
+
+    def _clear(self) -> None:
+        """The world changed, not the adapter: what is usual from now on is what was seen of both since the alarm."""
+        self.world += 1
+        self.usual = [s / n if n >= _ENOUGH else math.nan for s, n in self._lately]
+        self._reset()
 
     def _contrast(self, contrasts: dict[str, Contrast], unit: Scored, alpha: float) -> str:
         if math.isnan(unit.served.propensity):
@@ -136,7 +151,12 @@ class WatchGate:
         elif watch.is_suspicious:
             decision, share = Decision.WAIT, _EVEN
             reason = f"rewards fell below those before it; compared with {live.id} at even shares"
-        evidence = {"share": share, "rewards": float(watch.seen), "alarms": float(watch.alarms)}
+        evidence = {
+            "share": share,
+            "rewards": float(watch.seen),
+            "alarms": float(watch.alarms),
+            "world": float(watch.world),
+        }
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),

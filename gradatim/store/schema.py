@@ -1,4 +1,4 @@
-"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, six of a memory, and four of facts.
+"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, six of a memory, and five of facts.
 
 A column has the name of the field it keeps. ``log_position`` is the record's place in the log, unique and rising over
 all tables (``position`` is a field of some records: the newest feedback they rest on). Three ways to keep a value:
@@ -400,4 +400,12 @@ tallies = Table(  # what would take longer to count the longer the log is; kept 
     Column("name", Text, primary_key=True),  # of an agent; empty for records of all of them
     Column("what", Text, primary_key=True),  # a table of records, or a stage
     Column("count", BigInteger, nullable=False),
+)
+
+audit = Table(  # see store/audit.py
+    "audit",
+    metadata,
+    Column("log_position", BigInteger, primary_key=True, autoincrement=False),  # of the decision
+    Column("payload", Text, nullable=False),
+    Column("hash", Text, nullable=False),
 )

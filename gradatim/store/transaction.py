@@ -20,7 +20,7 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 
 from gradatim.errors import ConflictError, StoreError, TransitionError
-from gradatim.store import schema
+from gradatim.store import audit, schema
 from gradatim.store.rows import Row, storable, to_row
 from gradatim.types import ON_THE_WAY, TRANSITIONS, Adapter, Feedback, Move, Record, Stage, Step
 
@@ -60,6 +60,7 @@ _IN_STAGE = (
     .where(schema.stages.c.name == bindparam("name"), schema.stages.c.stage.in_(bindparam("among", expanding=True)))
     .limit(1)
 )
+_CHAIN = insert(schema.audit)
 _SET_STAGE = update(schema.stages).where(schema.stages.c.adapter_id == bindparam("id")).values(stage=bindparam("after"))
 
 
@@ -77,6 +78,7 @@ class Transaction:
         self._connection = connection
         self._end: int = connection.execute(_END).scalar_one()
         self._tally: Counter[tuple[str, str]] = Counter()  # (name, what) -> change
+        self._head: str | None = None  # of the chain of decisions; None: not read yet
 
     def close(self) -> None:
         """Write down where the log ends now, and how much is in it. To be called once, before the commit."""
@@ -90,10 +92,10 @@ class Transaction:
 
     def mark(self) -> object:
         """What ``back_to`` needs when the database has been rolled back to where it is now."""
-        return self._end, self._tally.copy()
+        return self._end, self._tally.copy(), self._head
 
     def back_to(self, mark: Any) -> None:
-        self._end, self._tally = mark
+        self._end, self._tally, self._head = mark
 
     def apply(self, job: Job) -> int:
         """The position of the last record of the job, or of the record that it repeats."""
@@ -120,7 +122,15 @@ class Transaction:
         self._end += 1
         self._connection.execute(_INSERTS[type(record)], {"log_position": self._end, **row})
         self._tally["", schema.TABLES[type(record)].name] += 1
+        if isinstance(record, audit.DECISIONS):
+            self._chain(type(record).__name__, row)
         return self._end
+
+    def _chain(self, kind: str, row: Row) -> None:
+        before = audit.newest(self._connection) if self._head is None else self._head
+        content = audit.payload(kind, self._end, row)
+        self._head = audit.link(before, content)
+        self._connection.execute(_CHAIN, {"log_position": self._end, "payload": content, "hash": self._head})
 
     def _find(self, record: Feedback | Step | Adapter) -> RowMapping | None:
         return self._connection.execute(_NEWEST[type(record)], {"id": record.id}).mappings().first()

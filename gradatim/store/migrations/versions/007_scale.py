@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "007_scale"
-down_revision = "006_coin"
+down_revision = "006_release"
 branch_labels = None
 depends_on = None
 
