@@ -27,6 +27,7 @@ from gradatim.types import AdapterId, EpisodeId, MemoryEntry, MemoryKey, MemoryU
 WIDTH = 24
 BASE = AdapterId("agent@0")
 CONFIG = MemoryConfig(decisions=True)
+SURE = math.log((1.0 - CONFIG.label_noise) / CONFIG.label_noise)
 Floats = NDArray[np.float32]
 
 
@@ -223,7 +224,7 @@ def test_added_revised_retracted_and_forgotten_in_any_order_is_as_if_written_onc
             wide = replace(CONFIG, width=5.0)  # all of them count
             found = now.near("", now.recollect("", BASE, "base").space.id, query, -1.0).near
             got = {a.tokens[0]: a.evidence for a in actions_of(found, wide)}
-            sure = math.log(0.98 / 0.02)
+            sure = SURE
             want = dict.fromkeys(range(3), 0.0)
             for n, (token, value) in left.items():
                 cosine = float(key_of(state(n)).astype(np.float64) @ query.astype(np.float64))
@@ -240,7 +241,7 @@ def test_what_was_judged_well_is_likelier_and_what_was_not_less_likely(store: Sq
     learn(memory, entry("bad", (7,), -1.0), 1)
     got = bias(memory, 1)
     assert got[5] > 1.0
-    assert got[7] == pytest.approx(-math.log(0.98 / 0.02), abs=0.05)
+    assert got[7] == pytest.approx(-SURE, abs=0.05)
     far = bias(memory, 2)
     assert abs(far.get(5, 0.0)) < got[5] / 3
     assert abs(far.get(7, 0.0)) < -got[7] / 3

@@ -140,7 +140,7 @@ async def test_judgements_rule_answers_out_and_in_and_follow_revision_and_retrac
         second = served.store.step(id=(await served.ask(max_tokens=2))["id"])
         assert second is not None
         again = second.text == text(first)
-        assert sum(second.drawn_logprobs) < sum(second.logprobs) - 0.3 if again else second.memory["against"]
+        assert sum(second.drawn_logprobs) < sum(second.logprobs) - 1e-3 if again else second.memory["against"]
         await served.say(response_id=first["id"], kind="score", value=1, id=said)  # revised
         third = served.store.step(id=(await served.ask(max_tokens=2))["id"])
         assert third is not None and third.text == text(first)
@@ -174,7 +174,7 @@ async def test_the_models_own_logprobs_are_recorded_beside_those_that_were_drawn
         weight = step.memory["weight"]
         own = sum(step.logprobs)
         wanted = np.log(1 - weight) + np.logaddexp(own, np.log(weight / (1 - weight)))
-        lost = np.log(1 - (1 - weight) * np.exp(sum(plain.logprobs)) * (1 - np.exp(-np.log(49.0))))
+        lost = np.log(1 - (1 - weight) * np.exp(sum(plain.logprobs)) * (1 - np.exp(-np.log(199.0))))
         assert sum(step.drawn_logprobs) == pytest.approx(float(wanted - lost), abs=0.02)
 
 
