@@ -219,7 +219,7 @@ class MemoryConfig:
     __pydantic_config__ = _STRICT
     decisions: bool = False  # answers that were judged change the next ones in the same situation
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
-    label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02  # share of sure judgements that are wrong
+    label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
     width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
     odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
     max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first

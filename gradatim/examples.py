@@ -125,7 +125,7 @@ class ExampleBuilder:
             feedback_ids=tuple(f.id for f in case.feedback if f.step_id in (None, step.id)),
             user=step.user,
             position=case.position,
-            logprobs=step.logprobs,
+            logprobs=step.drawn_logprobs or step.logprobs,
         )
 
     def _corrected(self, blank: Example, step: Step, feedback: Feedback) -> Example:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,19 +14,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from gradatim.config import MemoryConfig
+from gradatim.config import MemoryConfig, RewardConfig
+from gradatim.credit import OutcomeCredit
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.follow import Follower
 from gradatim.memory.index import FlatIndex
 from gradatim.memory.recall import Recall, actions_of
 from gradatim.memory.spaces import from_bytes, key_of, to_bytes
 from gradatim.memory.steering import Action, Steering
+from gradatim.protocols import Store, Tokenizer
+from gradatim.reward import WeightedReward
 from gradatim.store import SqlShelf, SqlStore, open_store
-from gradatim.types import AdapterId, EpisodeId, MemoryEntry, MemoryKey, MemoryUse, StepId
+from gradatim.testing.records import a_step
+from gradatim.types import AdapterId, Case, EpisodeId, MemoryEntry, MemoryKey, MemoryUse, Step, StepId
 
 WIDTH = 24
 BASE = AdapterId("agent@0")
 CONFIG = MemoryConfig(decisions=True)
+SURE = math.log((1.0 - CONFIG.label_noise) / CONFIG.label_noise)
 Floats = NDArray[np.float32]
 
 
@@ -223,7 +229,7 @@ def test_added_revised_retracted_and_forgotten_in_any_order_is_as_if_written_onc
             wide = replace(CONFIG, width=5.0)  # all of them count
             found = now.near("", now.recollect("", BASE, "base").space.id, query, -1.0).near
             got = {a.tokens[0]: a.evidence for a in actions_of(found, wide)}
-            sure = math.log(0.98 / 0.02)
+            sure = SURE
             want = dict.fromkeys(range(3), 0.0)
             for n, (token, value) in left.items():
                 cosine = float(key_of(state(n)).astype(np.float64) @ query.astype(np.float64))
@@ -240,7 +246,7 @@ def test_what_was_judged_well_is_likelier_and_what_was_not_less_likely(store: Sq
     learn(memory, entry("bad", (7,), -1.0), 1)
     got = bias(memory, 1)
     assert got[5] > 1.0
-    assert got[7] == pytest.approx(-math.log(0.98 / 0.02), abs=0.05)
+    assert got[7] == pytest.approx(-SURE, abs=0.05)
     far = bias(memory, 2)
     assert abs(far.get(5, 0.0)) < got[5] / 3
     assert abs(far.get(7, 0.0)) < -got[7] / 3
@@ -388,3 +394,56 @@ def test_keys_of_other_weights_stand_in_where_they_are_allowed_to(store: SqlStor
     memory.bridge(new, None)
     memory.put_key(StepId("s1"), new, key_of(state(1)))
     assert set(bias(memory, 1, sha="another")) == {1}
+
+
+# ---------------------------------------------------------------------------------------------------- following
+
+
+class Steps:
+    """A store that has every step and no new feedback."""
+
+    def cases(self, *, after: int = 0, limit: int = 100) -> Sequence[Case]:
+        return ()
+
+    def cursor(self, name: str) -> int:
+        return 0
+
+    def step(self, *, id: StepId | None = None, chain_key: str | None = None) -> Step | None:
+        return a_step(str(id))
+
+
+@pytest.mark.parametrize(("moved", "stands_in"), [(0.02, True), (5.0, False)])
+async def test_after_a_promotion_old_keys_stand_in_where_steps_find_themselves_and_new_ones_are_made(
+    store: SqlStore, moved: float, stands_in: bool
+) -> None:
+    memory = opened(store)
+    for n in range(12):
+        learn(memory, entry(f"s{n:02d}", (n,)), n)
+
+    async def place(step: Step, adapter_id: AdapterId) -> Floats:
+        assert adapter_id == "agent@1"
+        n = int(step.id[1:])
+        return (state(n) + moved * state(1000 + n)).astype(np.float32)
+
+    follower = Follower(
+        memory,
+        cast(Store, Steps()),
+        reward_model=WeightedReward(RewardConfig()),
+        credit=OutcomeCredit(RewardConfig()),
+        tokenizer=cast(Tokenizer, None),  # nothing is corrected
+        place=place,
+    )
+    memory._wanted.clear()
+    new = memory.recollect("", AdapterId("agent@1"), "another").space.id
+    assert await follower.turn()  # keys of 8 of them
+    assert len(memory.unkeyed(99)) == 4
+    lacking = memory.unkeyed(99)[0][0]
+    found = memory.near("", new, key_of(state(int(lacking[1:]))), 0.9).near
+    assert [e.step_id for e, _ in found] == ([lacking] if stands_in else [])
+    while await follower.turn():
+        pass
+    assert memory.unkeyed(99) == []
+    keys = [k for k in SqlShelf(store.engines).load(MemoryKey) if k.space == new]
+    assert len(keys) == 12
+    assert memory._bridges == {}
+    assert opened(store).stats()["keys"] == 24

@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _SHOWN = {
-    "entries": "what is remembered",
-    "active": "entries of the current epochs",
-    "bytes": "of keys and entries, in the server process",
-    "recalls": "requests that looked into the memory",
-    "steered": "answers that it had a part in",
-    "helped": "good answers that an entry was for",
-    "harmed": "bad answers that an entry was for",
-    "written": "entries written or changed since the start",
-    "damaged": "keys that could not be read and are made anew",
+    "gradatim_memory_entries": "what is remembered",
+    "gradatim_memory_active": "entries of the current epochs",
+    "gradatim_memory_bytes": "of keys and entries, in the server process",
+    "gradatim_memory_recalls": "requests that looked into the memory",
+    "gradatim_memory_steered": "answers that it had a part in",
+    "gradatim_memory_helped": "good answers that an entry was for",
+    "gradatim_memory_harmed": "bad answers that an entry was for",
+    "gradatim_memory_written": "entries written or changed since the start",
+    "gradatim_memory_damaged": "keys that could not be read and are made anew",
 }
 
 
@@ -95,8 +95,8 @@ def show_figures(remembering: Remembering, registry: CollectorRegistry) -> None:
     memory = remembering.kept
 
     def reader(name: str) -> Callable[[], float]:
-        return lambda: float(memory.stats()[name])
+        return lambda: float(memory.stats()[name.removeprefix("gradatim_memory_")])
 
     Gauge("gradatim_memory_on", "1 where requests are given a memory", registry=registry).set(bool(remembering.on))
     for name, help_text in _SHOWN.items():
-        Gauge(f"gradatim_memory_{name}", help_text, registry=registry).set_function(reader(name))
+        Gauge(name, help_text, registry=registry).set_function(reader(name))

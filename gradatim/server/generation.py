@@ -111,15 +111,27 @@ class Generation:
         return event
 
     def _recollect(self) -> Recollection | None:
+        """None where there is no memory, and for pinned weights: they answer by themselves."""
         memory, route = self._services.memory, self.route
-        if memory is None:
+        if memory is None or route.stage == "pinned":
             return None
         try:
             return memory.recollect(self.call.user, route.adapter_id, route.adapter_sha256)
-        except Exception:  # the boundary to the memory: an answer without it is better than none
-            self._services.metrics.memory_failed.inc()
-            log.exception("the memory failed; the answer goes on without it")
-            return None
+        except Exception:  # noqa: BLE001  the boundary to the memory: an answer without it is better than none
+            return self._without_memory()
+
+    def _without_memory(self) -> None:
+        self._services.metrics.memory_failed.inc()
+        log.exception("the memory failed; the answer goes on without it")
+        self._recollection = None
+
+    def _trace(self, choice: Choice) -> Mapping[str, Any]:
+        """What memory did to it."""
+        try:
+            return {} if self._recollection is None else self._recollection.trace(choice.token_ids)
+        except Exception:  # noqa: BLE001  as above
+            self._without_memory()
+            return {}
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The engine's deltas, kept as they pass. EngineError where it ends before every choice has."""
@@ -176,7 +188,10 @@ class Generation:
         self.captured = await self._capture(steps)
         if self._recollection is not None and self._services.memory is not None:
             steered = any(step.memory for step in steps)
-            self._services.memory.answered(self._recollection, [step.id for step in steps], steered=steered)
+            try:
+                self._services.memory.answered(self._recollection, [step.id for step in steps], steered=steered)
+            except Exception:  # noqa: BLE001  as above
+                self._without_memory()
 
     def _steps(self) -> list[Step]:
         begun = [(i, choice) for i, choice in enumerate(self.choices) if i == 0 or choice.deltas]
@@ -185,7 +200,7 @@ class Generation:
     def _step(self, index: int, choice: Choice) -> Step:
         text = choice.text
         tokens = [token for delta in choice.deltas for token in delta.tokens]
-        memory = {} if self._recollection is None else self._recollection.trace(choice.token_ids)
+        memory = self._trace(choice)
         drawn = tuple(t.logprob if t.drawn_logprob is None else t.drawn_logprob for t in tokens)
         complete = bool(choice.finish_reason)
         return Step(
