@@ -191,7 +191,9 @@ class Arm:
 def mix(arm: Arm, knn: KnnLm, store: TokenStore, hidden: Tensor, logprobs: Tensor, targets: Tensor) -> None:
     """In steps of 8 rows, as a server decodes."""
     started = time.process_time()
-    steps = [knn.mix(h, x, [store] * len(h)) for h, x in zip(hidden.split(8), logprobs.split(8), strict=True)]
+    steps = [
+        knn.mix(h, x, [store] * len(h)) for h, x in zip(torch.split(hidden, 8), torch.split(logprobs, 8), strict=True)
+    ]
     arm.cpu_s += time.process_time() - started
     arm.add(torch.cat([s.logprobs for s in steps]), targets)
     arm.lambdas += [s.lambdas for s in steps]
