@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from gradatim.memory.knn_attention import WINDOW, KnnAttention
+from gradatim.memory.session import Session
 from gradatim.nn.base import Base, load_base
 
 CODES = (("north", "48213"), ("harbour", "70954"), ("museum", "16387"))
@@ -115,15 +116,15 @@ def needle(base: Base, tokens: int) -> dict[str, float]:
         for _ in knn.read(session, ids[-2 * WINDOW :] if name == "window" else ids):
             pass
         out[f"{name}: attention CPU s"] = knn.cpu_s
-        out[f"{name}: found"] = sum(asked(knn, session, encode, place) == code for place, code in CODES)
+        out[f"{name}: found"] = sum(asked(knn, session, base.tokenizer, place) == code for place, code in CODES)
     return out
 
 
-def asked(knn: KnnAttention, session: Any, encode: Any, place: str) -> str:
+def asked(knn: KnnAttention, session: Session, tokenizer: Any, place: str) -> str:
     branch = copy.deepcopy(session)
-    for _ in knn.read(branch, encode(f"The code of the {place} gate is", add_special_tokens=False)):
+    for _ in knn.read(branch, tokenizer.encode(f"The code of the {place} gate is", add_special_tokens=False)):
         pass
-    said: str = encode.__self__.decode(knn.generate(branch, 7))
+    said: str = tokenizer.decode(knn.generate(branch, 7))
     return said.strip()[:5]
 
 
