@@ -22,6 +22,8 @@ Flags = NDArray[np.bool_]
 
 # a treated mean that is greater than the control's by more is harm
 _TOLERATED = {"broken": 0.02, "cut short": 0.05, "aborted": 0.05, "length": 0.15, "latency": 0.15}
+_DOUBT = math.log(20.0)  # log e-value of a test of the coin that keeps from promoting, long before it rejects
+_UNFAIR = "the {} are not shared out as the coin says: nothing can be concluded"
 
 
 @dataclass(slots=True)
@@ -67,14 +69,15 @@ class Trial:
         for name, guard, values in zip(HARMS, self._guards, harms, strict=True):
             if (guard.update(arm, values, propensity) >= level).any():
                 self.harm = self.harm or f"its answers: {name} more often or more than the live adapter's"
-        self._toss("episodes", arm, propensity, np.ones_like(arm))
+        if self._toss("episodes", arm, propensity, np.ones_like(arm))[0].any():
+            self.harm = self.harm or _UNFAIR.format("episodes")
         for unit in units:
             self._climb(unit)
 
-    def _toss(self, name: str, arm: Floats, propensity: Floats, counted: Floats) -> None:
+    def _toss(self, name: str, arm: Floats, propensity: Floats, counted: Floats) -> tuple[Flags, Flags]:
+        """(N,) whether the coin is found not to be the one that was logged; (N,) whether that is in doubt."""
         log_e = self._coins[name].update(arm, propensity, counted)
-        if (log_e >= -math.log(self.config.alpha_ratio)).any():
-            self.harm = self.harm or f"the {name} are not shared out as the coin says: nothing can be concluded"
+        return log_e >= -math.log(self.config.alpha_ratio), log_e >= _DOUBT
 
     def _climb(self, unit: Served) -> None:
         self._level_seen += unit.treated
@@ -93,17 +96,20 @@ class Trial:
         if self.harm or self.proven or not units:
             return
         arm, propensity = _arms([u.served for u in units])
-        self._toss("feedback", arm, propensity, np.array([float(u.rated) for u in units]))
-        self._toss("abstentions", arm, propensity, np.array([float(u.abstained) for u in units]))
+        rated = self._toss("feedback", arm, propensity, np.array([float(u.rated) for u in units]))
+        abstained = self._toss("abstentions", arm, propensity, np.array([float(u.abstained) for u in units]))
         rewards = np.array([u.rewards for u in units]).T  # (C, N)
         kept, worse = self._bet(arm, rewards, propensity)
-        floors = self._floors(units, rewards)
-        bad, good = np.logical_or.reduce(worse), kept & floors
-        first_bad, first_good = _first(bad), _first(good)
+        against = [
+            (_first(rated[0]), _UNFAIR.format("feedback")),
+            (_first(abstained[0]), _UNFAIR.format("abstentions")),
+            *((_first(w), f"worse than the live adapter, say {name}") for name, w in zip(CLASSES, worse, strict=True)),
+        ]
+        first_bad, why = min(against)
+        first_good = _first(kept & self._floors(units, rewards) & ~rated[1] & ~abstained[1])
         if first_bad < len(units) and first_bad <= first_good:
-            by = [name for name, reached in zip(CLASSES, worse, strict=True) if reached[first_bad]]
-            self.harm = self.harm or f"worse than the live adapter, say {' and '.join(by)}"
-        elif first_good < len(units) and not self.harm:
+            self.harm = why
+        elif first_good < len(units):
             self.proven = True
 
     def _bet(self, arm: Floats, rewards: Floats, propensity: Floats) -> tuple[Flags, list[Flags]]:
