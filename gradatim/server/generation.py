@@ -118,7 +118,8 @@ class Generation:
         try:
             return memory.recollect(self.call.user, route.adapter_id, route.adapter_sha256)
         except Exception:  # noqa: BLE001  the boundary to the memory: an answer without it is better than none
-            return self._without_memory()
+            self._without_memory()
+            return None
 
     def _without_memory(self) -> None:
         self._services.metrics.memory_failed.inc()
