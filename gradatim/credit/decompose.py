@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,7 +117,7 @@ def _design(episode: Lived, columns: dict[int, int]) -> Floats:
 def _regress(past: Sequence[Lived], columns: dict[int, int]) -> Floats:
     """Ridge regression on every prefix; each episode has the same weight."""
     size = len(columns) + 1
-    gram: Floats = np.eye(size) * _RIDGE
+    gram: npt.NDArray[Any] = np.eye(size) * _RIDGE
     moment = np.zeros(size)
     gram[0, 0] = 1e-9
     for episode in past:
