@@ -2,19 +2,19 @@
 that is worth to a learner.
 
 A synthetic chain with known truth: at step 3 one of four keys is taken, of which one is right; the door shows at step
-53; 5 % of the ends are noise. All else is halls and idle words. (1) After n logged episodes, the share of credit on step 3 of new ones,
-where answers repeat word by word ("table") and where no two read alike ("free text"). (2) A softmax policy over that
-chain, whose steps besides also have one answer that spoils the episode, learns from batches of 10 by policy gradient
-with steps of a fixed length (as a limit on the change would have them), with the credit of each method; how many
-episodes until a new one succeeds with 80 %. Each method has the best of three step lengths. Logged traffic is what
-the policy itself did before. Synthetic data, no language model.
+53; 5 % of the ends are noise. All else is halls and idle words. (1) After n logged episodes, the share of credit on
+step 3 of new ones, where answers repeat word by word ("table") and where no two read alike ("free text"). (2) A softmax
+policy over that chain, whose steps besides also have one answer that spoils the episode, learns from batches of 10 by
+policy gradient with steps of a fixed length (as a limit on the change would have them), with the credit of each
+method: how many episodes until a new one succeeds with 80 %. Each method has the best of three step lengths, and
+looks back on the last 200 episodes of the policy itself. Synthetic data, no language model.
 """
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import harness
 
@@ -104,6 +104,14 @@ class Decomposition:
         return self._scorer.credit(this)
 
 
+METHODS: Mapping[str, Callable[[], Assign]] = {
+    "uniform": lambda: uniform,
+    "outcome rule": lambda: outcome_rule,
+    "anchor": lambda: anchor,
+    "decomposition": Decomposition,
+}
+
+
 def share(assign: Assign, seed: int, n: int, *, wordy: bool) -> float:
     """Mean share of |credit| on the guilty step of 10 new episodes, after n."""
     rng = random.Random(seed)
@@ -144,7 +152,7 @@ def episodes_to(assign: Assign, seed: int, length: float, *, target: float = 0.8
     while len(past) < most:
         p = probabilities(logits)
         gradient = np.zeros_like(logits)
-        batch = []
+        batch: list[Lived] = []
         for _ in range(10):
             actions = [int(draws.choice(4, p=row)) for row in p]
             this = play(f"e{len(past) + len(batch)}", actions, rng, wordy=False, fragile=True)
@@ -175,18 +183,12 @@ def main() -> None:
     shares: dict[str, float] = {}
     for n in (200,) if args.quick else (25, 50, 100, 200):
         for seed_kind, wordy in (("table", False), ("free text", True)):
-            for name, make in (("anchor", lambda: anchor), ("decomposition", Decomposition)):
-                values = [share(make(), seed, n, wordy=wordy) for seed in range(seeds)]
+            for name in ("anchor", "decomposition"):
+                values = [share(METHODS[name](), seed, n, wordy=wordy) for seed in range(seeds)]
                 shares[f"{name}, {seed_kind}, {n}"] = float(np.mean(values))
     took: dict[str, tuple[float, float]] = {}
     if not args.quick:
-        methods: dict[str, Callable[[], Assign]] = {
-            "uniform": lambda: uniform,
-            "outcome rule": lambda: outcome_rule,
-            "anchor": lambda: anchor,
-            "decomposition": Decomposition,
-        }
-        took = {name: learned(make, seeds) for name, make in methods.items()}
+        took = {name: learned(make, seeds) for name, make in METHODS.items()}
     goals = [
         harness.Goal("share on the guilty step, anchor, answers that repeat", shares["anchor, table, 200"], ">= 0.8"),
         harness.Goal("share, decomposition, free text", shares["decomposition, free text, 200"], ">= 0.8"),

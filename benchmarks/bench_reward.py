@@ -131,12 +131,14 @@ def majority(rows: Sequence[Judged]) -> Floats:
     """Log-odds of the share of good votes, with one vote of each kind for a prior."""
     good = np.array([1.0 + sum(o.value > 0 for o in row.opinions) for row in rows])
     bad = np.array([1.0 + sum(o.value <= 0 for o in row.opinions) for row in rows])
-    return np.log(good / bad)
+    out: Floats = np.log(good / bad)
+    return out
 
 
 def mean_score(rows: Sequence[Judged]) -> Floats:
     mean = np.array([np.mean([o.value for o in row.opinions]) for row in rows])
-    return np.log((1.0 + 1e-3 + mean) / (1.0 + 1e-3 - mean))
+    out: Floats = np.log((1.0 + 1e-3 + mean) / (1.0 + 1e-3 - mean))
+    return out
 
 
 def as_votes(rows: Sequence[Judged], raters: Mapping[str, int]) -> Votes:
@@ -194,7 +196,7 @@ def rival(name: str, logits: Logits, sample: Sample) -> dict[str, float]:
     on_fresh = logits(sample.fresh)
     out = {
         f"{name} accuracy": float(((on_fresh >= 0) == sample.truth).mean()),
-        f"{name} ece": expected_calibration_error(sigmoid(on_fresh), sample.truth),
+        f"{name} ece": expected_calibration_error(sigmoid(on_fresh), sample.truth.astype(float)),
     }
     for risk in RISKS:
         out[f"{name} coverage {risk}"], out[f"{name} error {risk}"] = selective(logits, sample, risk)
@@ -207,7 +209,7 @@ def ours(sample: Sample) -> dict[str, float]:
     wrong = (good >= 0.5) != sample.truth
     out = {
         "ours accuracy": float(1.0 - wrong.mean()),
-        "ours ece": expected_calibration_error(good, sample.truth),
+        "ours ece": expected_calibration_error(good, sample.truth.astype(float)),
     }
     held = [row for row in sample.rows if row.label is not None and is_held_out(row.episode_id)]
     held_good, held_sure = model.judge(held)
@@ -230,7 +232,7 @@ def crowd_kit(sample: Sample, mine: Logits) -> float:
     told = DawidSkene(n_iter=50).fit_predict(pd.DataFrame(said, columns=["task", "worker", "label"]))
     signs = mine(sample.rows) >= 0
     both = [(signs[i], label == 2) for i, label in told.items() if label != 1]
-    return sum(a == b for a, b in both) / len(both)
+    return float(np.mean([a == b for a, b in both]))
 
 
 def main() -> None:

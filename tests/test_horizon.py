@@ -72,7 +72,7 @@ def test_a_scorer_of_prefixes_finds_it_where_no_answer_reads_like_another() -> N
 
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=20), st.floats(-1, 1))
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 def test_decomposed_credit_sums_to_the_reward(raw: list[float], total: float) -> None:
     credit = share_rest(np.array(raw), total)
     assert credit.sum() == pytest.approx(total, abs=1e-9)

@@ -84,8 +84,9 @@ def _draw_episodes(console: Console, rows: list[Json]) -> None:
 
 
 def _draw_episode(console: Console, found: Json) -> None:
-    credit = found["credit"] or {"step_ids": [], "advantages": []}
+    credit = found["credit"] or {"step_ids": [], "advantages": [], "methods": []}
     share = dict(zip(credit["step_ids"], credit["advantages"], strict=True))
+    method = dict(zip(credit["step_ids"], credit["methods"], strict=True))
     steps = [
         (
             s["id"],
@@ -93,11 +94,12 @@ def _draw_episode(console: Console, found: Json) -> None:
             len(s["completion_ids"]),
             s["finish_reason"],
             share.get(s["id"]),
+            method.get(s["id"]),
             output.short(s["text"]),
         )
         for s in found["steps"]
     ]
-    console.print(output.table(("response", "adapter", "tokens", "finish", "credit", "answer"), steps, "steps"))
+    console.print(output.table(("response", "adapter", "tokens", "finish", "credit", "by", "answer"), steps, "steps"))
     console.print(_feedback(found["feedback"]))
     console.print(output.facts(_judgement(found["reward"]), "reward"))
 

@@ -13,6 +13,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +42,7 @@ class PrefixScorer:
 
     def credit(self, episode: Lived) -> list[float]:
         """(S,) in [-1, 1], with the sum of its reward."""
-        return share_rest(np.diff(self.prefixes(episode)), episode.value).tolist()
+        return [float(c) for c in share_rest(np.diff(self.prefixes(episode)), episode.value)]
 
 
 def share_rest(credit: Floats, total: float) -> Floats:
@@ -116,7 +117,8 @@ def _design(episode: Lived, columns: dict[int, int]) -> Floats:
 def _regress(past: Sequence[Lived], columns: dict[int, int]) -> Floats:
     """Ridge regression on every prefix; each episode has the same weight."""
     size = len(columns) + 1
-    gram, moment = np.diag(np.full(size, _RIDGE)), np.zeros(size)
+    gram: npt.NDArray[Any] = np.eye(size) * _RIDGE
+    moment = np.zeros(size)
     gram[0, 0] = 1e-9
     for episode in past:
         x = _design(episode, columns)
