@@ -244,7 +244,7 @@ def whole(world: World, runs: int, horizon: int, seed: int) -> dict[str, float]:
             trial.serve([u.served for u in units])
             trial.score(units)
         decided = -1 if trial.harm else int(trial.proven)
-        same += decided == bare.decided[0]
+        same += int(decided == bare.decided[0])
         promoted += decided == 1
     return {"runs": runs, "promoted": promoted / runs, "as the contrasts": same / runs}
 
