@@ -68,7 +68,7 @@ class CreditConfig:
 
     __pydantic_config__ = _STRICT
     order: tuple[Literal["fork", "anchor", "decomposition"], ...] = ("fork", "anchor", "decomposition")  # then outcome
-    long_steps: int = 8  # an episode of fewer steps keeps the outcome rule
+    long_steps: int = 10  # an episode of fewer steps keeps the outcome rule
     least_fit: float = 0.2  # share of the variance of rewards that decomposition must explain
     window: int = 500  # long episodes, the newest, that are looked back on
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
-from gradatim.app.memory import key_layers
 from gradatim.config import Config
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
-    from gradatim.protocols import Gate
+    from gradatim.protocols import CreditAssigner, Gate, RewardModel
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -77,6 +76,11 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
     )
 
 
+def key_layers(config: Config, base: Base) -> tuple[int, ...]:
+    """The layer whose input is the key: the middle one. None where memory is off: the engine does not look."""
+    return (base.model.config.get_text_config().num_hidden_layers // 2,) if config.memory.decisions else ()
+
+
 def build_engine(config: Config, base: Base) -> TransformersEngine:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.nn.render import Renderer
@@ -123,8 +127,17 @@ def build_critique(config: Config, store: SqlStore) -> Critique | None:
     return Critique(store, config.critics, sources=config.reward.weights)
 
 
-def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
+def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) -> tuple[RewardModel, CreditAssigner]:
+    """What turns feedback into reward, and reward into credit: the same for learning and for memory. ``read_only``:
+    beside the loop, which moves the cursors."""
     from gradatim.credit import HorizonCredit
+    from gradatim.reward import AuditedReward
+
+    reward_model = AuditedReward(store, config.reward, read_only=read_only)
+    return reward_model, HorizonCredit(store, config.credit, config.reward)
+
+
+def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
     from gradatim.learner.replay import StoreReplay
@@ -134,9 +147,9 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.release.canary import CanaryGate
     from gradatim.release.gates import PersonGate, ReplayGate, StaticGate
     from gradatim.release.watch import WatchGate
-    from gradatim.reward import AuditedReward
     from gradatim.skills import PromptSkills
 
+    reward_model, credit = build_judges(config, store)
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
@@ -153,8 +166,8 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     return Loop(
         name=config.name,
         store=store,
-        reward_model=AuditedReward(store, config.reward),
-        credit=HorizonCredit(store, config.credit, config.reward),
+        reward_model=reward_model,
+        credit=credit,
         examples=ExampleBuilder(
             store,
             renderer,

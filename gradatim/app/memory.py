@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Gauge
 
+from gradatim.app import compose
 from gradatim.config import Config
 from gradatim.errors import ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
@@ -46,11 +47,6 @@ class Remembering:
     follower: Follower | None = None
 
 
-def key_layers(config: Config, base: Base) -> tuple[int, ...]:
-    """The layer whose input is the key: the middle one. None where memory is off: the engine does not look."""
-    return (base.model.config.get_text_config().num_hidden_layers // 2,) if config.memory.decisions else ()
-
-
 def open_kept(config: Config, store: SqlStore) -> DecisionMemory:
     """What is remembered, whatever model it was made with."""
     return DecisionMemory(SqlShelf(store.engines), config.memory, base_sha256="", tokenizer_sha256="", layers=())
@@ -60,10 +56,8 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
     """StoreError."""
     if not config.memory.decisions:
         return Remembering(open_kept(config, store))
-    from gradatim.credit import OutcomeCredit
     from gradatim.memory.follow import Follower
     from gradatim.nn.render import Renderer
-    from gradatim.reward import WeightedReward
 
     renderer = Renderer(base)
     try:
@@ -72,18 +66,19 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
             config.memory,
             base_sha256=base.sha256,
             tokenizer_sha256=renderer.digest(),
-            layers=key_layers(config, base),
+            layers=compose.key_layers(config, base),
         )
     except ForeignMemoryError as e:
         log.critical("memory stays off: %s", e)
         return Remembering(open_kept(config, store))
     if not store.cursor(CURSOR) and not memory.stats()["entries"]:
         memory.start_from(store.end())
+    reward_model, credit = compose.build_judges(config, store, read_only=True)
     follower = Follower(
         memory,
         store,
-        reward_model=WeightedReward(config.reward),
-        credit=OutcomeCredit(config.reward),
+        reward_model=reward_model,
+        credit=credit,
         tokenizer=renderer,
         place=engine.key,
     )
