@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from gradatim.app import report
-from gradatim.config import Config, GateConfig, LearnerConfig, RewardConfig
-from gradatim.credit import OutcomeCredit
+from gradatim.config import Config, CreditConfig, GateConfig, LearnerConfig, RewardConfig
+from gradatim.credit import HorizonCredit
 from gradatim.examples import ExampleBuilder
 from gradatim.learner.replay import StoreReplay
 from gradatim.loop import Loop
 from gradatim.release.gates import ReplayGate, StaticGate
 from gradatim.release.traffic import Traffic
-from gradatim.reward import WeightedReward
+from gradatim.reward import AuditedReward
 from gradatim.skills import PromptSkills
 from gradatim.store import SqlStore, open_store, rows
 from gradatim.testing.fakes import FakeEngine
@@ -75,8 +75,8 @@ def loop_on(store: SqlStore) -> Loop:
     return Loop(
         name="agent",
         store=store,
-        reward_model=WeightedReward(RewardConfig()),
-        credit=OutcomeCredit(RewardConfig()),
+        reward_model=AuditedReward(store, RewardConfig()),
+        credit=HorizonCredit(store, CreditConfig(), RewardConfig()),
         examples=ExampleBuilder(store, Letters(), skills=PromptSkills(store, 2)),
         replay=StoreReplay(store, "agent", seed=0),
         learner=Learner(),
@@ -101,6 +101,7 @@ def test_a_turn_reads_no_more_records_after_many_updates_than_after_a_few(
     with open_store(tmp_path / "s.db") as store:
         store.append(adapter(0))
         loop, traffic, config = loop_on(store), Traffic(store, FakeEngine(), Config()), Config()
+        judge = AuditedReward(store, config.reward, read_only=True)
         for k in range(ROUNDS):
             for e in range(EPISODES):
                 name = f"{k}-{e}"
@@ -112,7 +113,7 @@ def test_a_turn_reads_no_more_records_after_many_updates_than_after_a_few(
             while loop.turn(flush=True):
                 pass
             asyncio.run(traffic.refresh())
-            report.learning(store, config, recent=5)
+            report.learning(store, config, recent=5, judge=judge)
             report.live_id(store, "agent")
             report.adapter(store, "agent", AdapterId("agent@1"))
         assert len(store.stages("agent")) > ROUNDS
