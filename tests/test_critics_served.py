@@ -87,12 +87,12 @@ def test_every_episode_is_judged_once_whatever_is_killed(tmp_path: Path, tiny_mo
                 server = start(tmp_path, tiny_model_dir)
         with Gradatim(server.url) as gradatim:
             gradatim.outcome(names[0], True)
-        with open_store(tmp_path / "data" / "gradatim.db") as store:
 
-            def judged() -> set[str]:
-                return {f.episode_id for _, f in store.read(Feedback, source="critic:length")}
+        def all_judged() -> bool:
+            with open_store(tmp_path / "data" / "gradatim.db") as store:
+                return {f.episode_id for _, f in store.read(Feedback, source="critic:length")} == set(names)
 
-            until(lambda: judged() == set(names), "not every episode was judged")
+        until(all_judged, "not every episode was judged")
 
         def counts() -> dict[str, Any]:
             status = httpx.get(f"{server.url}/v1/status", timeout=60.0, trust_env=False).json()
@@ -101,6 +101,7 @@ def test_every_episode_is_judged_once_whatever_is_killed(tmp_path: Path, tiny_mo
 
         ask(server, "one-more")
         names.append("one-more")
+        until(all_judged, "the episode after the last kill was not judged")
         until(lambda: "length" in counts(), "the status does not count what critics said")
         assert counts()["raises"]["unknown"] >= 1 and counts()["good"]["unknown"] == 0
         metrics = httpx.get(f"{server.url}/metrics", timeout=60.0, trust_env=False).text

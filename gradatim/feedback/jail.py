@@ -84,8 +84,9 @@ def launch(spec: Mapping[str, Any]) -> NoReturn:
     unshared, mapped = os.pipe(), os.pipe()
     shell = os.fork()
     if shell == 0:
+        _close(unshared[0], mapped[1])  # or it would wait for itself when we are gone
         _guarded(lambda: _shell(spec, unshared[1], mapped[0]), status)
-    os.close(unshared[1])
+    _close(unshared[1], mapped[0])
     if os.read(unshared[0], 1):
         try:
             _write_maps(shell)
@@ -94,6 +95,11 @@ def launch(spec: Mapping[str, Any]) -> NoReturn:
             _say(status, error=f"user namespace: {e}")
             os.kill(shell, signal.SIGKILL)
     _exit_as(shell)
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _guarded(work: Callable[[], NoReturn], status: int) -> NoReturn:
@@ -130,10 +136,11 @@ def _shell(spec: Mapping[str, Any], unshared: int, mapped: int) -> NoReturn:
     bound, alive = os.pipe(), os.pipe()
     init = os.fork()
     if init == 0:
-        os.close(alive[1])
+        _close(bound[0], alive[1])
         _guarded(lambda: _init(spec, bound[1], alive[0]), spec["status"])
-    os.read(bound[0], 1)
-    os.write(alive[1], b"a")
+    _close(bound[1], alive[0])
+    if os.read(bound[0], 1):
+        os.write(alive[1], b"a")
     _exit_as(init)
 
 
