@@ -42,7 +42,9 @@ def number(value: float) -> str:
 
 def table(result: Mapping[str, Any]) -> str:
     date = time.strftime("%Y-%m-%d", time.gmtime(result["at"]))
-    lines = [f"## {result['name']}", "", f"`python benchmarks/{result['name']}.py` · {date}", ""]
+    scale = result["details"].get("scale", 1.0)
+    part = "" if scale == 1.0 else f" --scale {scale}"
+    lines = [f"## {result['name']}", "", f"`python benchmarks/{result['name']}.py{part}` · {date}", ""]
     lines += ["| what | value | 95 % interval | target | met |", "|---|---|---|---|---|"]
     for goal in result["goals"]:
         detail = result["details"].get(goal["goal"])
