@@ -26,7 +26,7 @@ from gradatim.nn.base import Base
 from gradatim.release.traffic import Traffic
 from gradatim.server import Metrics, build_app
 from gradatim.store import SqlStore
-from gradatim.types import AdapterId, Delta, Request, Sampling, Started, Step
+from gradatim.types import AdapterId, Delta, Request, Sampling, Started, Step, Token
 from tests.server_kit import BASE as URL
 from tests.server_kit import FakeAdmin
 
@@ -326,6 +326,33 @@ async def test_a_broken_memory_costs_the_request_nothing_but_its_memory(
     assert ids == (await run(off, a_request()))[0]
     assert on.stats()["memory_failed"] == before + 1
     assert "goes on without it" in caplog.text
+
+
+class Fading(Recorder):
+    """Is for one token at first, and breaks when a second one is to be drawn."""
+
+    def lean(
+        self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
+    ) -> Mapping[int, float]:
+        if drawn:
+            raise RuntimeError("a test")
+        return self._bias
+
+
+async def test_a_memory_that_breaks_between_two_choices_leaves_none_of_them_its_last_word(engines: Any) -> None:
+    on, _ = engines
+    request = replace(a_request(), sampling=Sampling(max_tokens=4, temperature=0, n=2))
+    biased = replace(request, recollection=Fading({65: 40.0}))
+    choices: dict[int, list[Token]] = {0: [], 1: []}
+    async for event in on.generate(biased, AGENT):
+        if isinstance(event, Delta):
+            choices[event.index] += event.tokens
+    first, second = choices.values()
+    assert [t.id for t in first] == [t.id for t in second] and first[0].id == 65
+    assert {t.id for t in first[1:]} != {65}
+    for tokens in (first, second):
+        assert tokens[0].drawn_logprob == pytest.approx(0.0, abs=1e-3)
+        assert all(t.drawn_logprob is None for t in tokens[1:])
 
 
 async def test_a_bias_moves_what_is_drawn_and_not_what_the_model_says(engines: Any) -> None:

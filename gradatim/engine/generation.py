@@ -67,7 +67,6 @@ class Generation:
 
     def lean(self, choice: Choice, logits: Tensor) -> None:
         """Ask the memory about the next token of a choice; ``logits`` (V,) are the model's own."""
-        choice.draws.memory = {}
         if self.recollection is None:
             return
 
@@ -128,7 +127,7 @@ class Choice:
             text=self._token_text(drawn.id),
             logprob=drawn.logprob,
             top=top,
-            drawn_logprob=drawn.logprob + drawn.shift if self.generation.recollection is not None else None,
+            drawn_logprob=None if drawn.shift is None else drawn.logprob + drawn.shift,
         )
         ended = drawn.id in self._eos_ids
         text = self._stop.push("" if ended else self._text.push(drawn.id))

@@ -45,7 +45,7 @@ class Drawn:
     id: int
     logprob: float  # nats, before temperature, top_p, penalties and bias
     top: tuple[tuple[int, float], ...] = ()
-    shift: float = 0.0  # nats that the log-probability was moved by what a memory added
+    shift: float | None = None  # nats by which a memory moved the log-probability; None: it had no part in it
 
 
 def new_draws(sampling: Sampling, index: int) -> Draws:
@@ -54,7 +54,8 @@ def new_draws(sampling: Sampling, index: int) -> Draws:
 
 
 def draw(logits: Tensor, draws: Sequence[Draws]) -> list[Drawn | None]:
-    """One token for each row of logits (M, V), fp32; None where the logits are not finite numbers."""
+    """One token for each row of logits (M, V), fp32; None where the logits are not finite numbers. What memories added
+    is used up."""
     total = logits.logsumexp(-1)  # (M,)
     sound = total.isfinite().tolist()
     ids = logits.argmax(-1)  # (M,)
@@ -71,6 +72,7 @@ def draw(logits: Tensor, draws: Sequence[Draws]) -> list[Drawn | None]:
         d.counts[token_id] += 1
         top = _top(logits[row] - total[row], d.sampling.top_logprobs)
         out.append(Drawn(token_id, logprob, top, _memory_shift(logits[row], total[row], d, token_id)))
+        d.memory = {}
     return out
 
 
@@ -89,10 +91,10 @@ def _shift(logits: Tensor, d: Draws) -> Tensor:
     return logits
 
 
-def _memory_shift(logits: Tensor, total: Tensor, d: Draws, token_id: int) -> float:
+def _memory_shift(logits: Tensor, total: Tensor, d: Draws, token_id: int) -> float | None:
     """log q(token) - log p(token) with q(v) = p(v) e^m(v) / sum_u p(u) e^m(u), for the few v that have an m."""
     if not d.memory:
-        return 0.0
+        return None
     at = torch.tensor(list(d.memory), device=logits.device)
     moved = torch.tensor(list(d.memory.values()), dtype=torch.float64, device=logits.device)
     p = (logits[at] - total).double().exp()

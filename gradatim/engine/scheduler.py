@@ -316,10 +316,12 @@ class Scheduler:
 
     def _look(self, rows: Sequence[Row], segments: Sequence[Segment]) -> None:
         """Show the states of prompts that were read to the requests that have a memory."""
-        at = 0
+        if not any(row.reads and row.generation.recollection is not None for row in rows):
+            return
+        states, at = self._runner.states(), 0  # (N, H)
         for row, segment in zip(rows, segments, strict=True):
-            if row.reads and row.generation.recollection is not None:
-                row.generation.look(self._runner.states()[at : at + len(segment.ids)], segment.start)
+            if row.reads:
+                row.generation.look(states[at : at + len(segment.ids)], segment.start)
             at += len(segment.ids)
 
     def _remember(self, drawing: Sequence[Row], logits: Tensor) -> None:
