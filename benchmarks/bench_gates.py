@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -68,7 +69,7 @@ class World:
         return arm, reward
 
 
-class Method:
+class Method(ABC):
     """One way to decide, on R trials at once: +1 promotes, -1 takes back."""
 
     def __init__(self, runs: int) -> None:
@@ -83,9 +84,9 @@ class Method:
             first = [int(x.argmax()) if x.any() else BLOCK for x in (good, bad)]
             self.decided[i], self.at[i] = (-1 if first[1] <= first[0] else 1), at + min(first) + 1
 
+    @abstractmethod
     def signals(self, arm: Floats, reward: Floats, share: float) -> tuple[Flags, Flags]:
         """(R, N) whether it would promote, or take back, after each request."""
-        raise NotImplementedError
 
 
 class Shipped(Method):

@@ -24,6 +24,7 @@ import os
 import random
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -84,7 +85,7 @@ class _Call:
     id: str
 
 
-class Opinions(Generic[Sent]):
+class Opinions(ABC, Generic[Sent]):
     """One method for each kind of feedback.
 
     ``target`` is a response (the client's object or its id) or an episode's id. Every method takes, by name:
@@ -126,8 +127,9 @@ class Opinions(Generic[Sent]):
         whole = {"source": self._source, **given, **body, "kind": kind, "id": sent_id}
         return self._send(_Call("POST", "/v1/feedback", whole, sent_id))
 
+    @abstractmethod
     def _send(self, call: _Call) -> Sent:
-        raise NotImplementedError
+        """Until it is recorded. FeedbackError."""
 
 
 class Episode(Generic[Sent]):

@@ -1,4 +1,4 @@
-"""Calibration: isotonic regression, and the inductive Venn-Abers predictor built on it (arXiv:1511.00213).
+"""Calibration: the inductive Venn-Abers predictor (arXiv:1511.00213), and the expected calibration error.
 
 A Venn-Abers predictor fits isotonic regression twice for each new score, with the score's label taken for 0 and for
 1; one of the two probabilities it gives is calibrated, whatever the distribution. Knows only scores and labels.
@@ -10,25 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
-
-
-def isotonic(y: Floats, weight: Floats | None = None) -> Floats:
-    """(N,) the non-decreasing sequence nearest to ``y`` in weighted squares, by pooling adjacent violators."""
-    w = np.ones_like(y) if weight is None else weight
-    means: list[float] = []
-    weights: list[float] = []
-    sizes: list[int] = []
-    for value, mass in zip(y.tolist(), w.tolist(), strict=True):
-        means.append(value)
-        weights.append(mass)
-        sizes.append(1)
-        while len(means) > 1 and means[-2] >= means[-1]:
-            total = weights[-2] + weights[-1]
-            means[-2] = (means[-2] * weights[-2] + means[-1] * weights[-1]) / total
-            weights[-2] = total
-            sizes[-2] += sizes[-1]
-            del means[-1], weights[-1], sizes[-1]
-    return np.repeat(np.array(means, dtype=np.float64), sizes)
 
 
 Block = tuple[float, float]  # (sum, weight) of scores that share one value
