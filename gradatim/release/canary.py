@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from gradatim.config import Config
 from gradatim.protocols import Store
+from gradatim.release.gates import orphaned
 from gradatim.release.trial import Trial
 from gradatim.release.units import CLASSES, Units, Usual, class_of
 from gradatim.types import Adapter, Decision, Feedback, Move, Stage, Step, Verdict
@@ -80,8 +81,7 @@ class CanaryGate:
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
         run = self._followed(candidate, live)
         if candidate.parent_id != live.id or run is None:
-            reason = f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
-            return self._verdict(candidate, live, Decision.FAIL, reason, {EXPIRED: 1.0})
+            return self._verdict(candidate, live, Decision.FAIL, orphaned(candidate, live), {EXPIRED: 1.0})
         now = self._clock()
         run.trial.serve(run.units.served())
         run.trial.score(run.units.scored(now))

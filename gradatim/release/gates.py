@@ -25,6 +25,11 @@ from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdic
 log = logging.getLogger(__name__)
 
 
+def orphaned(candidate: Adapter, live: Adapter) -> str:
+    """Why a candidate of another adapter than the live one cannot go on."""
+    return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+
+
 class StaticGate:
     """Its files match their digest, it descends from the live adapter, its update was finite and small."""
 
@@ -54,7 +59,7 @@ class StaticGate:
 
     def _problem(self, candidate: Adapter, live: Adapter, metrics: Mapping[str, float]) -> str:
         if candidate.parent_id != live.id:
-            return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+            return orphaned(candidate, live)
         if not metrics:
             return f"the update {candidate.update_id or '(none)'} that made it is not on record"
         bad = [k for k, v in metrics.items() if not math.isfinite(v)]
@@ -88,7 +93,7 @@ class PersonGate:
             gate=self.name,
             decision=Decision.FAIL if stale else Decision.WAIT,
             against=(live.id,),
-            reason=f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
+            reason=orphaned(candidate, live)
             if stale
             else f"it passed; `gradatim adapters promote {candidate.id}` puts it live",
         )

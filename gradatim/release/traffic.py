@@ -122,17 +122,11 @@ class Traffic:
             self._answering = answering
             self._live = next((a for a in answering if self._stages[a] is Stage.LIVE), self._live)
             if changed and self._live is not None:
-                self._last_good = await self._before(self._live)
+                self._last_good = await asyncio.to_thread(_ancestor, self._store, self._stages, self._live)
             self._shares = await asyncio.to_thread(self._shared_out)
             for adapter_id in self._engine.loaded():
                 if self._stages.get(adapter_id) in (Stage.REJECTED, Stage.ROLLED_BACK):
                     await self._engine.unload(adapter_id)
-
-    async def _before(self, live: AdapterId) -> AdapterId | None:
-        parent = self._adapters[live].parent_id
-        while parent is not None and self._stages.get(parent) is not Stage.RETIRED:
-            parent = (await self._find(parent, parent)).parent_id
-        return parent
 
     def _shared_out(self) -> dict[AdapterId, float]:
         """The canary's and the holdback's shares as the gates said last; the canary's first."""
@@ -180,9 +174,8 @@ def share_of(store: Store, adapter_id: AdapterId, gate: str, default: float) -> 
 def rollback(store: Store, name: str, to: AdapterId | None = None, *, actor: str, reason: str = "") -> AdapterId:
     """Take the live adapter back to ``to`` (default: the newest ancestor that was live). Needs no statistics."""
     stages = store.stages(name)
-    adapters = {a.id: a for _, a in store.read(Adapter, limit=1_000_000)}
     live = _live(stages, name)
-    target = to or _ancestor(adapters, stages, live)
+    target = to or _ancestor(store, stages, live)
     if target is None:
         raise TransitionError(f"{live} is the first adapter of {name}: there is nothing to roll back to")
     _swap(store, stages, live, target, Stage.ROLLED_BACK, actor, reason or "rolled back")
@@ -241,12 +234,11 @@ def _live(stages: Mapping[AdapterId, Stage], name: str) -> AdapterId:
     return live
 
 
-def _ancestor(
-    adapters: Mapping[AdapterId, Adapter], stages: Mapping[AdapterId, Stage], of: AdapterId
-) -> AdapterId | None:
-    parent = adapters[of].parent_id
+def _ancestor(store: Store, stages: Mapping[AdapterId, Stage], of: AdapterId) -> AdapterId | None:
+    """Its newest one that was live and was not rolled back."""
+    parent = store.read(Adapter, id=of)[0][1].parent_id
     while parent is not None and stages.get(parent) is not Stage.RETIRED:
-        parent = adapters[parent].parent_id
+        parent = store.read(Adapter, id=parent)[0][1].parent_id
     return parent
 
 
