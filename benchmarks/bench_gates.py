@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from gradatim.config import GateConfig, ReleaseConfig
-from gradatim.release.gates import Pairs, harm
+from gradatim.release.harm import Pairs, harm
 from gradatim.release.trial import Trial
 from gradatim.release.units import CLASSES, Scored, Served
 from gradatim.release.watch import Watch

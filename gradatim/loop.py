@@ -190,11 +190,16 @@ class Loop:
 
     def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than
-        in company. Refused twice, they are out for good."""
+        in company. Refused twice, they are out for good; so are those of an update most of which no outcome bore out,
+        or they would pass unseen among others."""
         made = self.store.newest(Update, parent_id=live.id, limit=SECOND_CHANCE_AMONG)
-        refused = (update.example_ids for _, update in made if self._refused_whole(update))  # newest first
-        last, before = next(refused, ()), next(refused, ())
-        return [e for i in last if i not in before for _, e in self.store.newest(Example, id=i)]
+        refused = (update for _, update in made if self._refused_whole(update))  # newest first
+        last, before = next(refused, None), next(refused, None)
+        if last is None:
+            return []
+        twice = before.example_ids if before else ()
+        found = [e for i in last.example_ids if i not in twice for _, e in self.store.newest(Example, id=i)]
+        return found if last.is_borne_out else [e for e in found if e.verified]
 
     def _refused_whole(self, update: Update) -> bool:
         """By the gates, and not as a smaller share of a step that was refused before."""

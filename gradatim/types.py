@@ -262,6 +262,11 @@ class Update:
     left_out: Mapping[str, str] = field(default_factory=dict)  # id of an example that was not trained on -> why
     scale: float = 1.0  # what share of the trained change the adapter is; below 1 where a gate had it made smaller
 
+    @property
+    def is_borne_out(self) -> bool:
+        """Most of what it teaches is from episodes that a trusted source saw end well; true where nobody measured."""
+        return self.metrics.get("borne_out", 1.0) >= 0.5
+
 
 class Stage(StrEnum):
     """Where an adapter stands. Only live and canary ones are given to new episodes."""

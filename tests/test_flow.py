@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class CountingLearner:
     calls: list[tuple[list[str], str, int]] = field(default_factory=list)
     refuses: bool = False
     traffic: list[list[str]] = field(default_factory=list)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def update(
         self,
@@ -59,6 +60,7 @@ class CountingLearner:
             parent_id=parent.id,
             adapter_id=None if self.refuses else made.id,
             example_ids=tuple(e.id for e in examples),
+            metrics=self.metrics,
             refused_because="no" if self.refuses else "",
         )
         return record, None if self.refuses else made
@@ -362,6 +364,16 @@ def test_what_was_not_mended_by_halving_gets_its_second_chance(store: Store) -> 
         good_episode(store, name)
         run(loop, turns=8)
     assert len(learner.calls[1][0]) == 2
+
+
+def test_refused_feedback_that_no_outcome_bore_out_does_not_join_the_next_update(store: Store) -> None:
+    loop, learner = loop_on(store, Decision.FAIL)
+    learner.metrics = {"borne_out": 0.0}
+    store.append(step("c-s0", "c"), feedback("correction", "c", step_id="c-s0", correction="better"))
+    run(loop)
+    good_episode(store)
+    run(loop)
+    assert [len(ids) for ids, _, _ in learner.calls] == [1, 1]
 
 
 def test_refused_examples_leave_room_for_new_ones_and_none_is_dropped(store: Store) -> None:

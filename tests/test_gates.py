@@ -13,7 +13,8 @@ from gradatim.config import GateConfig
 from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Store
 from gradatim.release.cases import ENOUGH, SPARE, Cases
-from gradatim.release.gates import Pairs, ReplayGate, StaticGate, common_harm, harm
+from gradatim.release.gates import ReplayGate, StaticGate
+from gradatim.release.harm import Leeway, Pairs, common_harm, harm
 from gradatim.store import open_store
 from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update
 
@@ -248,3 +249,43 @@ def test_near_equal_answers_that_change_places_are_no_loss(tmp_path: Path) -> No
     before = [CaseScore(logprob=math.log(0.51) / 2, greedy=True) for _ in cases]
     after = [CaseScore(logprob=math.log(0.49) / 2, greedy=False) for _ in cases]
     assert harm(Pairs.of(cases, after, before), GateConfig())[0] is Decision.PASS
+
+
+def test_feedback_that_no_outcome_bears_out_gets_no_benefit_of_the_doubt(tmp_path: Path) -> None:
+    """The same small harm is repaired where outcomes bear out what was taught, and refused where they do not."""
+    cases, new = verified("a", 20, "old"), verified("b", 20, "new")
+    right = {"agent@0": {e.id for e in cases}, "agent@1": {e.id for e in [*cases[3:], *new]}}
+    for share, expected in ((0.5, Decision.REPAIR), (0.49, Decision.FAIL)):
+        with open_store(tmp_path / f"{share}.db") as store:
+            store.append(*cases, *new, update(borne_out=share))
+            decision, reason = replay(store, right)
+        assert decision is expected
+        assert ("no outcome bears out" in reason) == (expected is Decision.FAIL)
+
+
+@pytest.mark.parametrize("length", [1.0, 0.5, 0.25])
+def test_a_harmful_direction_is_refused_at_any_length_of_its_step(length: float) -> None:
+    """Harm in proportion to the step, 1.2 margins at its full length; the trust region may shorten it first."""
+    doubtful = Leeway.of(update(borne_out=0.0, fresh_share=length), GateConfig())
+    found = Pairs(n=20, net=1.2 * length, lost=0, won=0, logprob=-0.1)
+    assert harm(found, GateConfig(), doubtful)[0] is Decision.FAIL
+    assert common_harm([-0.06 * length - 0.0001 * i for i in range(20)], GateConfig(), doubtful)[0] is Decision.FAIL
+    trusted = Leeway.of(update(borne_out=1.0, fresh_share=length), GateConfig())
+    assert harm(found, GateConfig(), trusted)[0] is (Decision.REPAIR if length == 1.0 else Decision.PASS)
+
+
+def against_anchor(tmp_path: Path, candidate: int, live: int) -> Decision:
+    """The anchor gives all of 20 answers, the other two so many of them."""
+    cases = verified("a", 20, "old")
+    right = {"agent@0": cases, "agent@1": cases[:live], "agent@2": cases[:candidate]}
+    with open_store(tmp_path / f"{candidate}-{live}.db") as store:
+        store.append(*cases)
+        scorer = TableScorer({a: {e.id for e in known} for a, known in right.items()})
+        gate = ReplayGate(store, scorer, GateConfig())
+        return gate.check(adapter(2, parent=1), adapter(1, parent=0), BASE).decision
+
+
+def test_what_live_has_lost_is_not_held_against_a_candidate_that_loses_no_more(tmp_path: Path) -> None:
+    assert against_anchor(tmp_path, candidate=15, live=15) is Decision.PASS
+    assert against_anchor(tmp_path, candidate=16, live=15) is Decision.PASS
+    assert against_anchor(tmp_path, candidate=14, live=15) is Decision.FAIL  # within the margin of live alone

@@ -210,6 +210,7 @@ class LoraLearner:
         taught = [i for i in run.new if i.example.id not in skipped]
         if not taught:
             raise RefusedError(_nothing_to_learn(run))
+        run.figures["borne_out"] = _borne_out(taught)
         taught = claims.admitted(run, taught, self._measure(run), self._config.gate_cosine)
         rehearsed = [*(replace(i, replayed=True) for i in run.known), *run.replay]
         random.Random(seed).shuffle(rehearsed)
@@ -353,6 +354,13 @@ class LoraLearner:
 def _some(items: Sequence[Item]) -> Sequence[Item]:
     """At even distances."""
     return items[:: -(-len(items) // PROBE_EXAMPLES) or 1]
+
+
+def _borne_out(taught: Sequence[Item]) -> float:
+    """Of the weight of those that show a better answer, the share in episodes that ended well."""
+    shown = [i.example for i in taught if i.example.instructive]
+    whole = sum(e.weight for e in shown)
+    return sum(e.weight for e in shown if e.verified) / whole if whole else 0.0
 
 
 def _nothing_to_learn(run: Run) -> str:

@@ -2,7 +2,8 @@
 
 What is not positively decided does not move on. Replay compares the candidate with the live adapter and with the
 anchor on the same retained examples (pairs need 25 times fewer cases than a split of traffic), skill by skill, so
-that no skill pays for another. Knows nothing of tensors: a Scorer tells how well an adapter gives a known good answer.
+that no skill pays for another; what counts as harm is in ``harm``. Knows nothing of tensors: a Scorer tells how well
+an adapter gives a known good answer.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-from scipy import stats
+from dataclasses import dataclass, field, replace
 
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Scorer, Store
 from gradatim.release.cases import Cases
+from gradatim.release.harm import Leeway, Pairs, chance, common_harm, gained, harm
 from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
 
 log = logging.getLogger(__name__)
@@ -99,77 +99,6 @@ class PersonGate:
         )
 
 
-DECISIVE = 0.25  # a change of an answer's chance that is more than two near-equal answers changing places
-
-
-@dataclass(frozen=True, slots=True)
-class Pairs:
-    """How two adapters do on the same N cases.
-
-    What counts is the chance of giving exactly the good answer, not whether greedy decoding does: where two answers are
-    nearly equal, the least step flips all the cases that resemble each other at once, and means nothing.
-    """
-
-    n: int
-    net: float  # expected number of good answers lost, over the N cases
-    lost: int  # cases in which the good answer became decisively less likely
-    won: int
-    logprob: float  # mean difference of the good answer's log-probability, nats a token
-
-    @staticmethod
-    def of(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
-        gains = gained(cases, candidate, reference)
-        return Pairs(
-            n=len(gains),
-            net=-sum(gains),
-            lost=sum(gain < -DECISIVE for gain in gains),
-            won=sum(gain > DECISIVE for gain in gains),
-            logprob=sum(c.logprob - r.logprob for c, r in zip(candidate, reference, strict=True)) / max(1, len(gains)),
-        )
-
-    @property
-    def p_value(self) -> float:
-        """Exact sign test: the chance of as many losses among the changed cases if losing and winning were alike."""
-        changed = self.lost + self.won
-        return float(stats.binomtest(self.lost, changed, 0.5, alternative="greater").pvalue) if changed else 1.0
-
-
-def gained(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Sequence[float]:
-    """How much likelier the candidate gives each good answer than the reference."""
-    both = zip(cases, candidate, reference, strict=True)
-    return [chance(c, len(case.chosen_ids)) - chance(r, len(case.chosen_ids)) for case, c, r in both]
-
-
-def chance(score: CaseScore, tokens: int) -> float:
-    """Of sampling exactly the good answer at temperature 1."""
-    return math.exp(min(0.0, score.logprob * tokens))
-
-
-def harm(pairs: Pairs, config: GateConfig) -> tuple[Decision, str]:
-    """Whether the candidate is worse than the reference on these cases, and why. Small harm may be repaired."""
-    allowed = max(1.0, config.margin * pairs.n)
-    failed = Decision.REPAIR if pairs.net <= config.repair * allowed else Decision.FAIL
-    if pairs.net > allowed:
-        return failed, f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
-    if pairs.lost > pairs.won and pairs.p_value < config.alpha:
-        return failed, f"{pairs.lost} lost, {pairs.won} won of {pairs.n} (sign test p = {pairs.p_value:.3f})"
-    return Decision.PASS, ""
-
-
-def common_harm(gains: Sequence[float], config: GateConfig) -> tuple[Decision, str]:
-    """Whether all skills together lost: small harm everywhere, which no skill shows alone. By the mean and a one-sided
-    t test."""
-    net = -sum(gains)
-    allowed = max(1.0, config.margin * len(gains))
-    if len(gains) < 2 or net <= allowed:
-        return Decision.PASS, ""
-    p_value = float(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
-    if not p_value < config.alpha:
-        return Decision.PASS, ""
-    failed = Decision.REPAIR if net <= config.repair * allowed else Decision.FAIL
-    return failed, f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"
-
-
 _GRAVITY = (Decision.PASS, Decision.REPAIR, Decision.FAIL)
 
 
@@ -185,39 +114,22 @@ class ReplayGate:
         self._cases = Cases(store, config.max_cases)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
-        cases = self._scorable(candidate, self._cases.choose(exclude=self._trained_by(candidate)))
-        evidence: dict[str, float] = {"cases": len(cases)}
-        reasons = []
-        decision = Decision.PASS
+        update = self._update(candidate)
+        trained = frozenset(update.example_ids) if update else frozenset()
+        cases = self._scorable(candidate, self._cases.choose(exclude=trained))
+        found = _Findings(self._config, Leeway.of(update, self._config))
         if cases:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
-            for reference in {live.id, anchor.id}:
-                label = "live" if reference == live.id else "anchor"
-                config = self._config if label == "live" else replace(self._config, margin=self._config.anchor_margin)
-                for skill, rows in _by_skill(cases).items():
-                    pairs = Pairs.of(
-                        [cases[i] for i in rows],
-                        [scores[candidate.id][i] for i in rows],
-                        [scores[reference][i] for i in rows],
-                    )
-                    evidence |= {f"{skill}.{label}.{k}": v for k, v in _numbers(pairs).items()}
-                    found, problem = harm(pairs, config)
-                    decision = max(decision, found, key=_GRAVITY.index)
-                    if problem:
-                        reasons.append(f"{skill} against {label}: {problem}")
-            evidence |= _chances(cases, scores[candidate.id])
-            found, problem = common_harm(gained(cases, scores[candidate.id], scores[live.id]), self._config)
-            decision = max(decision, found, key=_GRAVITY.index)
-            if problem:
-                reasons.append(problem)
+            beside = scores[anchor.id] if anchor.id != live.id else None
+            found.compare(cases, scores[candidate.id], scores[live.id], beside)
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
             gate=self.name,
-            decision=decision,
+            decision=found.decision,
             against=(live.id, anchor.id),
-            evidence=evidence,
-            reason="; ".join(reasons) or self._passed(cases),
+            evidence={"cases": len(cases)} | found.evidence,
+            reason=found.reason or self._passed(cases),
         )
 
     def _scorable(self, candidate: Adapter, cases: Sequence[Example]) -> Sequence[Example]:
@@ -246,9 +158,63 @@ class ReplayGate:
             return "no verified good answers yet to compare on: the static checks carry the decision"
         return f"no skill worse than live or anchor on {len(cases)} known good answers"
 
-    def _trained_by(self, candidate: Adapter) -> frozenset[str]:
+    def _update(self, candidate: Adapter) -> Update | None:
         found = self._store.read(Update, id=candidate.update_id)
-        return frozenset(found[-1][1].example_ids) if found else frozenset()
+        return found[-1][1] if found else None
+
+
+@dataclass(slots=True)
+class _Findings:
+    """The gravest decision of all comparisons, with its reasons and figures."""
+
+    config: GateConfig
+    leeway: Leeway
+    decision: Decision = Decision.PASS
+    evidence: dict[str, float] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def reason(self) -> str:
+        advice = [self.leeway.advice] if self.reasons and self.leeway.advice else []
+        return "; ".join([*self.reasons, *advice])
+
+    def compare(
+        self,
+        cases: Sequence[Example],
+        candidate: Sequence[CaseScore],
+        live: Sequence[CaseScore],
+        anchor: Sequence[CaseScore] | None,
+    ) -> None:
+        """``anchor``: none where it is live."""
+        for skill, rows in _by_skill(cases).items():
+            against = [Pairs.of(*_at(rows, cases, candidate, other)) for other in (live, anchor) if other is not None]
+            self._skill(skill, *against)
+        self.evidence |= _chances(cases, candidate)
+        self._add("", *common_harm(gained(cases, candidate, live), self.config, self.leeway))
+
+    def _skill(self, skill: str, live: Pairs, anchor: Pairs | None = None) -> None:
+        """What the live adapter has lost against the anchor already is not held against a candidate that loses none of
+        what is left: to refuse it would mend nothing."""
+        self.evidence |= {f"{skill}.live.{k}": v for k, v in _numbers(live).items()}
+        self._add(f"{skill} against live: ", *harm(live, self.config, self.leeway))
+        if anchor is None:
+            return
+        self.evidence |= {f"{skill}.anchor.{k}": v for k, v in _numbers(anchor).items()}
+        if live.net > 0.0:
+            config = replace(self.config, margin=self.config.anchor_margin)
+            self._add(f"{skill} against anchor: ", *harm(anchor, config, self.leeway))
+
+    def _add(self, where: str, decision: Decision, problem: str) -> None:
+        self.decision = max(self.decision, decision, key=_GRAVITY.index)
+        if problem:
+            self.reasons.append(f"{where}{problem}")
+
+
+def _at(
+    rows: Sequence[int], cases: Sequence[Example], *scores: Sequence[CaseScore]
+) -> tuple[list[Example], list[CaseScore], list[CaseScore]]:
+    mine, others = ([of_one[i] for i in rows] for of_one in scores)
+    return [cases[i] for i in rows], mine, others
 
 
 def _by_skill(cases: Sequence[Example]) -> Mapping[str, list[int]]:

@@ -22,7 +22,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from gradatim.config import GateConfig
 from gradatim.errors import ConfigError
-from gradatim.release.gates import Pairs, harm
+from gradatim.release.harm import Pairs, harm
 from gradatim.types import Adapter, Decision, Verdict
 
 ENOUGH = 20  # cases on which no harm means something; with fewer, all have to pass
