@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Store
 from gradatim.release.cases import ENOUGH, SPARE, Cases
 from gradatim.release.gates import ReplayGate, StaticGate
-from gradatim.release.harm import Leeway, Pairs, common_harm, harm
+from gradatim.release.harm import Leeway, Pairs, common_harm, harm, p_of_loss
 from gradatim.store import open_store
 from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update
 
@@ -274,18 +275,25 @@ def test_a_harmful_direction_is_refused_at_any_length_of_its_step(length: float)
     assert harm(found, GateConfig(), trusted)[0] is (Decision.REPAIR if length == 1.0 else Decision.PASS)
 
 
-def against_anchor(tmp_path: Path, candidate: int, live: int) -> Decision:
-    """The anchor gives all of 20 answers, the other two so many of them."""
+def against_anchor(tmp_path: Path, lost: int, won: int) -> Decision:
+    """Of 20 answers: against the live adapter nothing changes."""
     cases = verified("a", 20, "old")
-    right = {"agent@0": cases, "agent@1": cases[:live], "agent@2": cases[:candidate]}
-    with open_store(tmp_path / f"{candidate}-{live}.db") as store:
+    at_anchor, now = cases[won:], cases[: 20 - lost]
+    right = {"agent@0": at_anchor, "agent@1": now, "agent@2": now}
+    with open_store(tmp_path / f"{lost}-{won}.db") as store:
         store.append(*cases)
         scorer = TableScorer({a: {e.id for e in known} for a, known in right.items()})
-        gate = ReplayGate(store, scorer, GateConfig())
-        return gate.check(adapter(2, parent=1), adapter(1, parent=0), BASE).decision
+        return ReplayGate(store, scorer, GateConfig()).check(adapter(2, parent=1), adapter(1, parent=0), BASE).decision
 
 
-def test_what_live_has_lost_is_not_held_against_a_candidate_that_loses_no_more(tmp_path: Path) -> None:
-    assert against_anchor(tmp_path, candidate=15, live=15) is Decision.PASS
-    assert against_anchor(tmp_path, candidate=16, live=15) is Decision.PASS
-    assert against_anchor(tmp_path, candidate=14, live=15) is Decision.FAIL  # within the margin of live alone
+def test_a_loss_against_the_anchor_must_be_beyond_the_margin_and_beyond_chance(tmp_path: Path) -> None:
+    assert against_anchor(tmp_path, lost=1, won=0) is Decision.PASS
+    assert against_anchor(tmp_path, lost=8, won=5) is Decision.PASS  # as likely chance
+    assert against_anchor(tmp_path, lost=6, won=0) is Decision.FAIL
+
+
+def test_the_test_of_a_mean_is_that_of_scipy() -> None:
+    dice = random.Random(0)
+    gains = [dice.gauss(-0.1, 0.3) for _ in range(24)]
+    assert p_of_loss(gains) == pytest.approx(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
+    assert [p_of_loss(g) for g in ([], [-1.0], [0.0, 0.0], [-0.5, -0.5], [0.5, 0.5])] == [1.0, 1.0, 1.0, 0.0, 1.0]

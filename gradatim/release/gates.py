@@ -13,13 +13,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from gradatim.config import GateConfig
 from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Scorer, Store
 from gradatim.release.cases import Cases
-from gradatim.release.harm import Leeway, Pairs, chance, common_harm, gained, harm
+from gradatim.release.harm import Leeway, Pairs, chance, common_harm, gained, harm, lasting_harm
 from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
 
 log = logging.getLogger(__name__)
@@ -193,16 +193,12 @@ class _Findings:
         self._add("", *common_harm(gained(cases, candidate, live), self.config, self.leeway))
 
     def _skill(self, skill: str, live: Pairs, anchor: Pairs | None = None) -> None:
-        """What the live adapter has lost against the anchor already is not held against a candidate that loses none of
-        what is left: to refuse it would mend nothing."""
         self.evidence |= {f"{skill}.live.{k}": v for k, v in _numbers(live).items()}
         self._add(f"{skill} against live: ", *harm(live, self.config, self.leeway))
         if anchor is None:
             return
         self.evidence |= {f"{skill}.anchor.{k}": v for k, v in _numbers(anchor).items()}
-        if live.net > 0.0:
-            config = replace(self.config, margin=self.config.anchor_margin)
-            self._add(f"{skill} against anchor: ", *harm(anchor, config, self.leeway))
+        self._add(f"{skill} against anchor: ", *lasting_harm(anchor, self.config, self.leeway))
 
     def _add(self, where: str, decision: Decision, problem: str) -> None:
         self.decision = max(self.decision, decision, key=_GRAVITY.index)

@@ -6,8 +6,9 @@ It knows no store and no gate, and of an update only how far it is to be trusted
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scipy import stats
 
@@ -30,6 +31,7 @@ class Pairs:
     lost: int  # cases in which the good answer became decisively less likely
     won: int
     logprob: float  # mean difference of the good answer's log-probability, nats a token
+    p_mean: float = 0.0  # one-sided t test: the chance of so low a mean gain if nothing were lost
 
     @staticmethod
     def of(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Pairs:
@@ -40,6 +42,7 @@ class Pairs:
             lost=sum(gain < -DECISIVE for gain in gains),
             won=sum(gain > DECISIVE for gain in gains),
             logprob=sum(c.logprob - r.logprob for c, r in zip(candidate, reference, strict=True)) / max(1, len(gains)),
+            p_mean=p_of_loss(gains),
         )
 
     @property
@@ -47,6 +50,15 @@ class Pairs:
         """Exact sign test: the chance of as many losses among the changed cases if losing and winning were alike."""
         changed = self.lost + self.won
         return float(stats.binomtest(self.lost, changed, 0.5, alternative="greater").pvalue) if changed else 1.0
+
+
+def p_of_loss(gains: Sequence[float]) -> float:
+    """One-sided t test of the mean of (N,) gains against none; 1 where they cannot tell."""
+    if len(gains) < 2 or not any(gains):
+        return 1.0
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    mean = statistics.fmean(gains)
+    return float(stats.t.cdf(mean / error, len(gains) - 1)) if error else float(mean > 0.0)
 
 
 def gained(cases: Sequence[Example], candidate: Sequence[CaseScore], reference: Sequence[CaseScore]) -> Sequence[float]:
@@ -104,16 +116,22 @@ def harm(pairs: Pairs, config: GateConfig, leeway: Leeway | None = None) -> tupl
     return Decision.PASS, ""
 
 
+def lasting_harm(anchor: Pairs, config: GateConfig, leeway: Leeway | None = None) -> tuple[Decision, str]:
+    """Whether the candidate is worse than the anchor. Most of that is the live adapter's own, and no smaller step mends
+    it: so it must be plain, beyond the margin and beyond chance."""
+    if not anchor.p_mean < config.alpha:
+        return Decision.PASS, ""
+    return harm(anchor, replace(config, margin=config.anchor_margin), leeway)
+
+
 def common_harm(gains: Sequence[float], config: GateConfig, leeway: Leeway | None = None) -> tuple[Decision, str]:
     """Whether all skills together lost: small harm everywhere, which no skill shows alone. By the mean and a one-sided
     t test."""
     leeway = leeway or Leeway(config.repair)
     net = -sum(gains)
     allowed = leeway.allowed(config.margin, len(gains))
-    if len(gains) < 2 or net <= allowed:
-        return Decision.PASS, ""
-    p_value = float(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
-    if not p_value < config.alpha:
+    p_value = p_of_loss(gains)
+    if net <= allowed or not p_value < config.alpha:
         return Decision.PASS, ""
     return leeway.verdict(
         net, allowed
