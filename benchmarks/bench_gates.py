@@ -27,7 +27,7 @@ from scipy import stats
 
 from gradatim.config import GateConfig, ReleaseConfig
 from gradatim.release.harm import Pairs, harm, lasting_harm, p_of_loss
-from gradatim.release.trial import Trial
+from gradatim.release.trial import Trial, levels_of
 from gradatim.release.units import CLASSES, Scored, Served
 from gradatim.release.watch import Watch
 from gradatim.stats.contrast import Contrast
@@ -95,7 +95,7 @@ class Shipped(Method):
     def __init__(self, runs: int, release: ReleaseConfig = RELEASE) -> None:
         super().__init__(runs)
         self.kept, self.worse = Contrast(-release.margin, 1, (runs,)), Contrast(0.0, -1, (runs,))
-        self.levels = math.log(1 / release.alpha), math.log(len(CLASSES) / release.alpha_worse)
+        self.levels = math.log(1 / release.alpha), levels_of(release.alpha_worse, CLASSES[:1])[CLASSES[0]]
 
     def signals(self, arm: Floats, reward: Floats, share: float) -> tuple[Flags, Flags]:
         pi = np.full(BLOCK, share)

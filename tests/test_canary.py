@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gradatim.config import Config, ReleaseConfig
 from gradatim.protocols import Store
 from gradatim.release.canary import CanaryGate
-from gradatim.release.trial import Trial
+from gradatim.release.trial import Trial, levels_of
 from gradatim.release.units import CLASSES, Scored, Served, is_broken
 from gradatim.release.watch import Watch, WatchGate
 from gradatim.store import open_store
@@ -273,7 +273,7 @@ def outcome(units: Sequence[Scored], config: ReleaseConfig) -> str:
     return "harm" if trial.harm else "proven" if trial.proven else "undecided"
 
 
-EVEN = ReleaseConfig(margin=0.0, alpha=0.1, alpha_worse=0.2, alpha_ratio=1e-9, min_episodes=0, min_s=0.0)
+EVEN = ReleaseConfig(margin=0.0, alpha=0.1, alpha_worse=0.1 / 0.9, alpha_ratio=1e-9, min_episodes=0, min_s=0.0)
 
 
 @settings(deadline=None, max_examples=40)
@@ -301,6 +301,14 @@ def test_adding_abstentions_never_promotes(
     config = replace(EVEN, alpha_ratio=1e-3, min_episodes=10)
     if outcome(units, config) != "proven":
         assert outcome(diluted, config) != "proven"
+
+
+@pytest.mark.parametrize("required", [(), CLASSES[:1], CLASSES])
+def test_the_chances_of_a_false_alarm_of_all_classes_add_up_to_the_level(required: Sequence[str]) -> None:
+    levels = levels_of(0.1, required)
+    assert list(levels) == list(CLASSES)
+    assert sum(math.exp(-level) for level in levels.values()) == pytest.approx(0.1)
+    assert all(levels[name] == min(levels.values()) for name in required)
 
 
 def test_the_shipped_decision_keeps_its_error_rates() -> None:

@@ -22,6 +22,7 @@ Flags = NDArray[np.bool_]
 
 # a treated mean that is greater than the control's by more is harm
 _TOLERATED = {"broken": 0.02, "cut short": 0.05, "aborted": 0.05, "length": 0.15, "latency": 0.15}
+_UNUSED = 0.1  # share of a level for classes of sources that were silent before
 _DOUBT = math.log(20.0)  # log e-value of a test of the coin that keeps from promoting, long before it rejects
 _UNFAIR = "the {} are not shared out as the coin says: nothing can be concluded"
 
@@ -114,12 +115,13 @@ class Trial:
 
     def _bet(self, arm: Floats, rewards: Floats, propensity: Floats) -> tuple[Flags, list[Flags]]:
         """(N,) whether every required class shows no loss, and of each class whether it shows one."""
-        enough, too_much = -math.log(self.config.alpha), math.log(len(CLASSES) / self.config.alpha_worse)
+        enough = -math.log(self.config.alpha)
+        levels = levels_of(self.config.alpha_worse, self.required)
         kept = np.full(arm.shape, bool(self.required))
         worse: list[Flags] = []
         for i, name in enumerate(CLASSES):
             not_worse = self._kept[name].update(arm, rewards[i], propensity) >= enough
-            worse.append(self._worse[name].update(arm, rewards[i], propensity) >= too_much)
+            worse.append(self._worse[name].update(arm, rewards[i], propensity) >= levels[name])
             if name in self.required:
                 kept &= not_worse
         return kept, worse
@@ -147,6 +149,16 @@ class Trial:
         out |= {f"guard.{name}": float(g.log_e) for name, g in zip(HARMS, self._guards, strict=True)}
         out |= {f"coin.{name}": float(r.log_e) for name, r in self._coins.items()}
         return {k: round(v, 4) for k, v in out.items()}
+
+
+def levels_of(alpha: float, required: Sequence[str]) -> dict[str, float]:
+    """Log e-value at which each class speaks of harm, with a chance of ``alpha`` in all where there is none. Those that
+    there was feedback of before share it; a tenth is left for one that only now begins to speak."""
+    others = [name for name in CLASSES if name not in required]
+    if not required or not others:
+        return dict.fromkeys(CLASSES, math.log(len(CLASSES) / alpha))
+    used = {name: math.log(len(required) / (1.0 - _UNUSED) / alpha) for name in required}
+    return used | {name: math.log(len(others) / _UNUSED / alpha) for name in others}
 
 
 def _arms(units: Sequence[Served]) -> tuple[Floats, Floats]:
