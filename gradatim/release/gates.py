@@ -127,7 +127,7 @@ class ReplayGate:
             created_at=self._clock(),
             gate=self.name,
             decision=found.decision,
-            against=(live.id, anchor.id),
+            against=tuple(dict.fromkeys((live.id, anchor.id))),
             evidence={"cases": len(cases)} | found.evidence,
             reason=found.reason or self._passed(cases),
         )
