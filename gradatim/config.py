@@ -147,6 +147,7 @@ class ReleaseConfig:
     """From a candidate that passed the offline gates to one that every user gets, and what is watched afterwards."""
 
     __pydantic_config__ = _STRICT
+    blind: bool = False  # answers do not say which adapter gave them, but for pinned ones; explain does
     canary: bool = False  # a candidate answers a share of the traffic before it goes live, and is watched after
     ramp: tuple[_Share, ...] = (0.01, 0.05, 0.10, 0.50)  # shares of new episodes, in the order of their use
     ramp_episodes: int = 20  # of the canary, seen without an alarm, before the next share

@@ -52,6 +52,7 @@ def build_app(
         metrics=metrics,
         writes=writes,
         max_queue=config.server.max_queue,
+        blind=config.release.blind,
         memory=memory,
     )
     completions = Completions(services, limit)

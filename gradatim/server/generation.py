@@ -55,6 +55,7 @@ class Services:
     metrics: Metrics
     writes: Writes
     max_queue: int
+    blind: bool = False  # whoever rates an answer cannot tell which adapter gave it
     memory: Memory | None = None
     running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
 
@@ -84,6 +85,11 @@ class Generation:
         self._began_at = perf_counter()
         self._started = False
         self._finished = False
+
+    @property
+    def is_blind(self) -> bool:
+        """Its answer must not say which adapter gave it. A pinned one was asked for by name."""
+        return self._services.blind and self.route.stage != "pinned"
 
     async def start(self) -> None:
         """Choose the weights and wait until the engine accepts. Raises what Engine.generate and Router.route do."""

@@ -17,14 +17,14 @@ Json = dict[str, Any]
 
 
 def provenance(gen: Generation, *, final: bool) -> Json:
-    """The ``gradatim`` object: exactly which weights answered, in which episode, and whether it was recorded."""
+    """The ``gradatim`` object: exactly which weights answered, in which episode, and whether it was recorded. Where
+    raters must not know the weights, the answer's own id is the receipt for them."""
     route = gen.route
-    out: Json = {
-        "episode_id": gen.episode_id,
-        "adapter": route.adapter_id,
-        "adapter_sha256": route.adapter_sha256,
-        "stage": route.stage,
-    }
+    out: Json = {"episode_id": gen.episode_id}
+    if gen.is_blind:
+        out["receipt"] = gen.id
+    else:
+        out |= {"adapter": route.adapter_id, "adapter_sha256": route.adapter_sha256, "stage": route.stage}
     if not final:
         return out
     if gen.memory:
@@ -33,11 +33,10 @@ def provenance(gen: Generation, *, final: bool) -> Json:
 
 
 def headers(gen: Generation) -> dict[str, str]:
-    return {
-        "X-Request-Id": gen.id,
-        "X-Gradatim-Adapter": quote(gen.route.adapter_id, safe="@:/+ "),
-        "X-Gradatim-Episode": gen.episode_id,
-    }
+    out = {"X-Request-Id": gen.id, "X-Gradatim-Episode": gen.episode_id}
+    if not gen.is_blind:
+        out["X-Gradatim-Adapter"] = quote(gen.route.adapter_id, safe="@:/+ ")
+    return out
 
 
 def usage(gen: Generation) -> Json:
@@ -110,7 +109,7 @@ def _envelope(gen: Generation, kind: str) -> Json:
         "object": kind,
         "created": int(gen.created_at),
         "model": gen.call.model,
-        "system_fingerprint": gen.route.adapter_sha256[:16],
+        "system_fingerprint": None if gen.is_blind else gen.route.adapter_sha256[:16],
     }
 
 
