@@ -5,7 +5,7 @@
 It is written in the transaction that writes the decision. ``check`` finds whatever was changed, deleted, inserted or
 put elsewhere afterwards, in the chain or in the tables. A chain alone cannot tell that its end was cut off: keep a head
 that was exported, outside, and check against that. Nothing is signed here: whoever can write the database can write a
-new chain, and only a head that was kept elsewhere gives it away.
+new chain, and only a head that was kept elsewhere gives it away (``app.signing``).
 """
 
 from __future__ import annotations
