@@ -1,6 +1,6 @@
 """The gate that comes with this package for SmolLM2-135M: trained here, and compared on text that it has not seen.
 
-As in ``bench_knn_lm``, but with memories of the sizes that one tenant's has, from a few answers on, in the key space
+As in ``bench_knn_lm``, but with memories of the sizes that one tenant's has, from one short answer on, in the key space
 that a server has. The gate is trained on development files: of each kind with the memory of its own kind and with that
 of the other, and general text with either, at every size. Compared on held-out files: ``near``, the gate that needs no
 training; ``learned``; ``unseen``, the same trained without the kind it is tested on; ``fixed``, a quarter for the
@@ -64,12 +64,12 @@ Table = Mapping[tuple[str, str, int], Seen]  # by text, memory and size
 def stores_of(
     domains: Sequence[Domain], reader: Reader, space: KeySpace, most: int
 ) -> dict[tuple[str, int], TokenStore]:
-    """Of each kind: the first 1/24, 1/4 and all of its text."""
+    """Of each kind: the first 1/384, 1/24, 1/4 and all of its text."""
     out: dict[tuple[str, int], TokenStore] = {}
     for domain in domains:
         read = [reader.states(w) for w in domain.store_windows]
         hidden, tokens = (torch.cat(x) for x in zip(*read, strict=True))
-        for size in (most // 24, most // 4, most):
+        for size in (most // 384, most // 24, most // 4, most):
             out[domain.name, size] = store = TokenStore(space)
             store.add("text", hidden[:size], tokens[:size])
     return out

@@ -247,6 +247,9 @@ async def test_after_a_promotion_answers_are_read_anew_and_unused_spaces_are_lef
         await memories.tell()
     assert memories.read == ["s1"] * 5
     assert memories.memory.stats()["tokens"] == 4 * 3  # the base's space has left
+    memories.folders.path("", space().digest).mkdir(parents=True)
+    memories.tokens.write()
+    assert len(list(memories.folders.path("", "").iterdir())) == 4
     assert {held.store.space.adapter_sha256 for held in memories.tokens._held.values()} == {
         f"sha{n}" for n in range(1, 5)
     }
@@ -301,6 +304,7 @@ def test_in_any_order_it_is_as_if_only_what_is_left_had_ever_been_said(ops: list
             asyncio.run(lived.tell())
         fresh.write(*left.values())
         asyncio.run(fresh.tell())
+        assert lived.memory.check()["ok"]
         assert (
             lived.memory.stats()["tokens"]
             == fresh.memory.stats()["tokens"]

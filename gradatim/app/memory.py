@@ -122,8 +122,8 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
 
 def _token_memory(config: Config, base: Base) -> TokenMemory | None:
     """None where it is off."""
-    from gradatim.memory.knn_gate import near_gate
-    from gradatim.memory.knn_lm import KnnLm
+    from gradatim.memory.knn_gate import TEMPERATURE, near_gate
+    from gradatim.memory.knn_lm import NEIGHBOURS, KnnLm
     from gradatim.memory.public_space import public_space
     from gradatim.memory.shipped import shipped
     from gradatim.memory.tokens import TokenMemory
@@ -133,6 +133,8 @@ def _token_memory(config: Config, base: Base) -> TokenMemory | None:
         return None
     found = shipped(base.sha256, layer, base.model.config.get_text_config().vocab_size)
     space, gate = found or (public_space(base, layer, Path(config.data_dir) / "memory"), near_gate)
+    if (settings.neighbours, settings.temperature) != (NEIGHBOURS, TEMPERATURE):
+        gate = near_gate  # the other one was trained with these
     knn = KnnLm(gate, k=settings.neighbours, sure=settings.sure, temperature=settings.temperature)
     return TokenMemory(space, knn, max_tokens=settings.max_tokens, folders=token_folders(config))
 

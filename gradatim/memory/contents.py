@@ -102,7 +102,7 @@ class Contents:
     def _drop_tokens(self, entry_id: str, but: MemoryEntry | None = None) -> None:
         """Out of the token memory, unless ``but`` says the same there."""
         entry = self.entries.get(entry_id)
-        if self.tokens is None or entry is None:
+        if self.tokens is None or entry is None or entry.value <= 0.0:
             return
         if but is None or (entry.tenant, entry.tokens) != (but.tenant, but.tokens):
             self.tokens.drop(entry.tenant, entry.id)

@@ -324,6 +324,7 @@ class DecisionMemory:
                 "extra": sorted(here.keys() - entries.keys()),
                 "differing": sorted(i for i in entries.keys() & here.keys() if entries[i] != here[i]),
                 "damaged_keys": sorted(k.step_id for k in keys if read(k) is None),
+                "stray_tokens": [] if self._tokens is None else self._tokens.stray(self._all.told()),
             }
         return {"ok": not any(problems.values()), "entries": len(entries), "keys": len(keys), **problems}
 

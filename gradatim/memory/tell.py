@@ -43,7 +43,8 @@ class Teller:
             except UnknownAdapterError:
                 self._memory.unwanted(space.id)
                 return True
-        await asyncio.to_thread(self._tokens.maintain)
+        if self._tokens.worn:
+            await asyncio.to_thread(self._tokens.maintain)
         return bool(lacking)
 
     async def _tell(self, entry: MemoryEntry, space: MemorySpace, adapter_id: AdapterId) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+from collections.abc import Set
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,14 @@ class TokenFolders:
 
     def path(self, tenant: str, space_digest: str) -> Path:
         return self._of(tenant) / space_digest[:32]
+
+    def keep(self, tenant: str, space_digests: Set[str]) -> None:
+        """Remove what that tenant has in other spaces: of weights that answer no more."""
+        kept = {self.path(tenant, digest) for digest in space_digests}
+        folder = self._of(tenant)
+        for path in folder.iterdir() if folder.exists() else ():
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)  # it is tried again
 
     def drop(self, tenant: str, entry_id: str) -> None:
         """Nothing of that entry is kept when this returns, nor of the tenant's others. A fault is logged."""

@@ -50,7 +50,8 @@ class TokenMemory:
     """
 
     def __init__(self, space: KeySpace, knn: KnnLm, *, max_tokens: int, folders: TokenFolders | None = None) -> None:
-        self._space, self._knn, self._max_tokens, self._folders = space, knn, max_tokens, folders
+        self.space = space
+        self._knn, self._max_tokens, self._folders = knn, max_tokens, folders
         self._lock = threading.Lock()  # of the stores' table; never held while anything is searched or built
         self._held: dict[Key, _Held] = {}
         self._looked_for: set[Key] = set()  # on disk
@@ -141,7 +142,7 @@ class TokenMemory:
         """``states`` (T, H) that the tokens of the entry come after. MemoryKeyError: nothing has changed."""
         with self._lock:
             key = (entry.tenant, space.id)
-            held = self._held.get(key) or _Held(TokenStore(in_space_of(self._space, space.adapter_sha256)))
+            held = self._held.get(key) or _Held(TokenStore(in_space_of(self.space, space.adapter_sha256)))
             held.store.revise(entry.id, states, torch.tensor(entry.tokens))
             held.entries[entry.id] = entry.tokens
             held.unwritten = True
@@ -151,34 +152,42 @@ class TokenMemory:
         """Out of every space, and from disk."""
         with self._lock:
             for (owner, _), held in self._held.items():
-                if owner == tenant:
-                    held.unwritten = True
-                    if entry_id in held.entries:
-                        self._take(held, entry_id)
-            if self._folders is not None:
-                self._folders.drop(tenant, entry_id)
+                if owner == tenant and entry_id in held.entries:
+                    self._take(held, entry_id)
+            self._erase(tenant, entry_id)
+
+    def _erase(self, tenant: str, entry_id: str) -> None:
+        """What lies on disk, with an entry in it; what is held is written anew."""
+        for (owner, _), held in self._held.items():
+            held.unwritten = held.unwritten or owner == tenant
+        if self._folders is not None:
+            self._folders.drop(tenant, entry_id)
 
     def _take(self, held: _Held, entry_id: str) -> None:
         held.store.forget(entry_id)
         del held.entries[entry_id]
         held.drops += 1
 
+    @property
+    def worn(self) -> bool:
+        """Something was added or dropped since it was written to disk."""
+        with self._lock:
+            return any(held.unwritten for held in self._held.values())
+
     def maintain(self) -> None:
         """Make what is new faster to search, give back the room of what was dropped, and write what is new to disk now
         and then. May take seconds; searches go on meanwhile."""
         with self._lock:
-            all_held = list(self._held.items())
-        write = time.monotonic() - self._written_at >= _WRITE_EVERY_S
-        for key, held in all_held:
+            all_held = list(self._held.values())
+        due = time.monotonic() - self._written_at >= _WRITE_EVERY_S
+        for held in all_held:
             store = held.store
             if store.wasted > max(_WORTH_COMPACTING, len(store)):
                 self._put(held, store, store.compacted())
             elif store.ready_to_seal:
                 store.seal()
-            if write and held.unwritten:
-                self._write(key, held)
-        if write:
-            self._written_at = time.monotonic()
+        if due:
+            self.write()
 
     # ---------------------------------------------------------------------------------------------- disk
 
@@ -189,6 +198,7 @@ class TokenMemory:
         for key, held in all_held:
             if held.unwritten:
                 self._write(key, held)
+        self._written_at = time.monotonic()
 
     def _write(self, key: Key, held: _Held) -> None:
         """What was dropped in the meantime is not left there. A fault is counted: memory goes on."""
@@ -202,8 +212,11 @@ class TokenMemory:
             self._counts["unwritten"] += 1
             log.error("%s", e)
         with self._lock:
+            self._folders.keep(
+                key[0], {h.store.space.digest for (owner, _), h in self._held.items() if owner == key[0]}
+            )
             if held.drops != drops:
-                self._folders.drop(key[0], "what was dropped")
+                self._erase(key[0], "one that was dropped")
 
     def written(
         self, told: Sequence[MemoryEntry], spaces: Sequence[tuple[MemorySpace, AdapterId]]
@@ -215,7 +228,7 @@ class TokenMemory:
                 if self._folders is None or key in self._looked_for:
                     continue
                 self._looked_for.add(key)
-                own = in_space_of(self._space, space.adapter_sha256)
+                own = in_space_of(self.space, space.adapter_sha256)
                 path = self._folders.path(tenant, own.digest)
                 if not path.exists():
                     continue
@@ -235,10 +248,9 @@ class TokenMemory:
             stale = [i for i, tokens in held.entries.items() if known.get(i) != tokens]
             for entry_id in stale:
                 self._take(held, entry_id)
-            held.unwritten = bool(stale)
-            if stale and self._folders is not None:
-                self._folders.drop(key[0], stale[0])
             self._held[key] = held
+            if stale:
+                self._erase(key[0], stale[0])
 
     def _put(self, held: _Held, before: TokenStore, after: TokenStore) -> None:
         """Unless something was added in the meantime; what was dropped is dropped again."""
@@ -248,11 +260,18 @@ class TokenMemory:
                     after.forget(entry_id)
                 held.store = after
 
+    def stray(self, told: Sequence[MemoryEntry]) -> list[str]:
+        """Entries that are in a store and should not be, or not as they are."""
+        known = {(entry.tenant, entry.id): entry.tokens for entry in told}
+        with self._lock:
+            found = {(key[0], i): tokens for key, held in self._held.items() for i, tokens in held.entries.items()}
+        return sorted(at[1] for at, tokens in found.items() if known.get(at) != tokens)
+
     def stats(self) -> dict[str, float]:
         """``retrieved``: the share of drawn tokens that it had a part in; ``lambda``: its mean part in those."""
         with self._lock:
             stores = [held.store for held in self._held.values()]
-        width = self._space.width
+        width = self.space.width
         return {
             "tokens": sum(map(len, stores)),
             "token_bytes": sum((len(s) + s.wasted) * (2 * width + 4) for s in stores),
