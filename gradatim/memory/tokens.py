@@ -31,6 +31,7 @@ from gradatim.types import AdapterId, MemoryEntry, MemorySpace
 log = logging.getLogger(__name__)
 _WORTH_COMPACTING = 4096  # entries that were removed
 _WRITE_EVERY_S = 30.0
+_HOT_ROWS = 4096  # searched exactly, at a millisecond; those before them through the index
 Key = tuple[str, str]  # tenant and space
 
 
@@ -142,7 +143,9 @@ class TokenMemory:
         """``states`` (T, H) that the tokens of the entry come after. MemoryKeyError: nothing has changed."""
         with self._lock:
             key = (entry.tenant, space.id)
-            held = self._held.get(key) or _Held(TokenStore(in_space_of(self.space, space.adapter_sha256)))
+            held = self._held.get(key) or _Held(
+                TokenStore(in_space_of(self.space, space.adapter_sha256), hot_rows=_HOT_ROWS)
+            )
             held.store.revise(entry.id, states, torch.tensor(entry.tokens))
             held.entries[entry.id] = entry.tokens
             held.unwritten = True
@@ -233,7 +236,7 @@ class TokenMemory:
                 if not path.exists():
                     continue
                 try:
-                    store = TokenStore.load(path, own)
+                    store = TokenStore.load(path, own, hot_rows=_HOT_ROWS)
                 except StoreError as e:
                     log.warning("a token memory is made anew: %s", e)
                     continue
