@@ -219,12 +219,17 @@ class CriticsConfig:
 class MemoryConfig:
     __pydantic_config__ = _STRICT
     decisions: bool = False  # answers that were judged change the next ones in the same situation
+    tokens: bool = False  # tokens of answers that were judged good become likelier where the text stands alike
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
     width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
     odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
     max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first
     harm: Annotated[int, Field(ge=1)] = 3  # an entry that harmed this many answers more than it helped is dropped
+    max_tokens: Annotated[int, Field(ge=1)] = 100_000  # of each tenant; the oldest answers go first
+    neighbours: Annotated[int, Field(ge=1, le=1024)] = 32  # remembered tokens that have a say in the next one
+    temperature: Annotated[float, Field(gt=0.0)] = 0.095  # of their squared distances, which are 0 to 4
+    sure: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # tokens are not looked up where the model gives one this
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,7 @@ from gradatim.types import (
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 R = TypeVar("R", bound=Record)
 K = TypeVar("K", bound=Kept)
@@ -82,6 +83,18 @@ class Recollection(Protocol):
 
     def trace(self, tokens: Sequence[int]) -> Mapping[str, Any]:
         """What it did to an answer of these tokens, for the record; empty where it had no part in it."""
+
+
+class TokenMixer(Protocol):
+    """A memory of single tokens, which is part of the distribution that is drawn from. The engine's thread asks it
+    before every draw, once for all rows that have a recollection."""
+
+    def mix(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Tensor]:
+        """Log-probabilities (V,) for those of the rows that it changes; all others keep their bits.
+
+        ``states`` (M, H): what went into the layer that the engine was told to look at, where the next tokens are
+        predicted; ``logits`` (M, V) are the model's own, and are not written to.
+        """
 
 
 class Memory(Protocol):

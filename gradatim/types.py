@@ -59,9 +59,10 @@ class Token:
 
     id: int
     text: str  # this token alone, decoded; may be a replacement character in the middle of a multi-byte one
-    logprob: float  # of the model's own distribution, before temperature, top_p and penalties
+    logprob: float  # under the model, and its token memory if it has one; before temperature, top_p and penalties
     top: tuple[tuple[int, str, float], ...] = ()  # the most likely ones: (id, text, logprob)
     drawn_logprob: float | None = None  # under what memory made of that distribution; None: memory had no part in it
+    model_logprob: float | None = None  # under the model alone, where that is another one than ``logprob``
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

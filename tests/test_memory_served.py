@@ -90,6 +90,7 @@ async def product(base: Base, config: Config) -> AsyncIterator[Product]:
             if follow is not None:
                 follow.cancel()
                 await asyncio.gather(follow, return_exceptions=True)
+            kept.close()
 
 
 def text(answer: Mapping[str, Any]) -> str:

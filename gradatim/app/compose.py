@@ -78,7 +78,16 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
     """The layer whose input is the key: the middle one. None where memory is off: the engine does not look."""
-    return (base.model.config.get_text_config().num_hidden_layers // 2,) if config.memory.decisions else ()
+    on = config.memory.decisions or config.memory.tokens
+    return (base.model.config.get_text_config().num_hidden_layers // 2,) if on else ()
+
+
+def token_layer(config: Config, base: Base) -> int | None:
+    """The layer whose input is the key of a token memory: a late one. None where it is off."""
+    from gradatim.memory.key_space import late_layer
+
+    layers = base.model.config.get_text_config().num_hidden_layers
+    return late_layer(layers) if config.memory.tokens else None
 
 
 def build_engine(config: Config, base: Base) -> TransformersEngine:
@@ -92,6 +101,7 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
         config.data_dir,
         max_queue=config.server.max_queue,
         key_layers=key_layers(config, base),
+        token_layer=token_layer(config, base),
     )
 
 

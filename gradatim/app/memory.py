@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Gauge
@@ -17,11 +18,14 @@ from gradatim.app import compose
 from gradatim.config import Config
 from gradatim.errors import ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.token_folders import TokenFolders
 from gradatim.store import SqlShelf, SqlStore
+from gradatim.types import Adapter, Stage
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.memory.follow import Follower
+    from gradatim.memory.tokens import TokenMemory
     from gradatim.nn.base import Base
 
 log = logging.getLogger(__name__)
@@ -34,6 +38,10 @@ _SHOWN = {
     "gradatim_memory_helped": "good answers that an entry was for",
     "gradatim_memory_harmed": "bad answers that an entry was for",
     "gradatim_memory_written": "entries written or changed since the start",
+    "gradatim_memory_tokens": "entries of the token memory",
+    "gradatim_memory_token_bytes": "of the token memory, in the server process",
+    "gradatim_memory_retrieved": "share of the tokens drawn since the start that the token memory had a part in",
+    "gradatim_memory_lambda": "its mean part in those",
     "gradatim_memory_damaged": "keys that could not be read and are made anew",
 }
 
@@ -45,21 +53,40 @@ class Remembering:
     kept: DecisionMemory
     on: DecisionMemory | None = None
     follower: Follower | None = None
+    tokens: TokenMemory | None = None
+
+    def close(self) -> None:
+        """Write to disk what saves work at the next start."""
+        if self.tokens is not None:
+            self.tokens.write()
 
 
 def open_kept(config: Config, store: SqlStore) -> DecisionMemory:
     """What is remembered, whatever model it was made with."""
-    return DecisionMemory(SqlShelf(store.engines), config.memory, base_sha256="", tokenizer_sha256="", layers=())
+    return DecisionMemory(
+        SqlShelf(store.engines),
+        config.memory,
+        base_sha256="",
+        tokenizer_sha256="",
+        layers=(),
+        folders=token_folders(config),
+    )
+
+
+def token_folders(config: Config) -> TokenFolders:
+    return TokenFolders(Path(config.data_dir) / "memory" / "tokens")
 
 
 def build_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
     """StoreError."""
-    if not config.memory.decisions:
+    if not (config.memory.decisions or config.memory.tokens):
         return Remembering(open_kept(config, store))
     from gradatim.memory.follow import Follower
+    from gradatim.memory.tell import Teller
     from gradatim.nn.render import Renderer
 
     renderer = Renderer(base)
+    tokens = _token_memory(config, base)
     try:
         memory = DecisionMemory(
             SqlShelf(store.engines),
@@ -67,12 +94,19 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
             base_sha256=base.sha256,
             tokenizer_sha256=renderer.digest(),
             layers=compose.key_layers(config, base),
+            tokens=tokens,
+            folders=token_folders(config),
         )
     except ForeignMemoryError as e:
         log.critical("memory stays off: %s", e)
         return Remembering(open_kept(config, store))
     if not store.cursor(CURSOR) and not memory.stats()["entries"]:
         memory.start_from(store.end())
+    for adapter_id in store.stages(config.name, Stage.LIVE):
+        for _, adapter in store.newest(Adapter, id=adapter_id):
+            memory.expect(adapter_id, adapter.sha256)
+    if tokens is not None:
+        engine.attach(tokens)
     reward_model, credit = compose.build_judges(config, store, read_only=True)
     follower = Follower(
         memory,
@@ -81,8 +115,28 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
         credit=credit,
         tokenizer=renderer,
         place=engine.key,
+        teller=None if tokens is None else Teller(memory, tokens, store, engine.states),
     )
-    return Remembering(memory, memory, follower)
+    return Remembering(memory, memory, follower, tokens)
+
+
+def _token_memory(config: Config, base: Base) -> TokenMemory | None:
+    """None where it is off."""
+    from gradatim.memory.knn_gate import TEMPERATURE, near_gate
+    from gradatim.memory.knn_lm import NEIGHBOURS, KnnLm
+    from gradatim.memory.public_space import public_space
+    from gradatim.memory.shipped import shipped
+    from gradatim.memory.tokens import TokenMemory
+
+    layer, settings = compose.token_layer(config, base), config.memory
+    if layer is None:
+        return None
+    found = shipped(base.sha256, layer, base.model.config.get_text_config().vocab_size)
+    space, gate = found or (public_space(base, layer, Path(config.data_dir) / "memory"), near_gate)
+    if (settings.neighbours, settings.temperature) != (NEIGHBOURS, TEMPERATURE):
+        gate = near_gate  # the other one was trained with these
+    knn = KnnLm(gate, k=settings.neighbours, sure=settings.sure, temperature=settings.temperature)
+    return TokenMemory(space, knn, max_tokens=settings.max_tokens, folders=token_folders(config))
 
 
 def show_figures(remembering: Remembering, registry: CollectorRegistry) -> None:
@@ -90,7 +144,7 @@ def show_figures(remembering: Remembering, registry: CollectorRegistry) -> None:
     memory = remembering.kept
 
     def reader(name: str) -> Callable[[], float]:
-        return lambda: float(memory.stats()[name.removeprefix("gradatim_memory_")])
+        return lambda: float(memory.stats().get(name.removeprefix("gradatim_memory_"), 0.0))
 
     Gauge("gradatim_memory_on", "1 where requests are given a memory", registry=registry).set(bool(remembering.on))
     for name, help_text in _SHOWN.items():

@@ -174,6 +174,7 @@ async def _answer(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(remembering.close)
 
 
 def loop_status(supervisor: Supervisor | None, home: Home) -> Mapping[str, Any]:

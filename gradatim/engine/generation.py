@@ -63,7 +63,7 @@ class Generation:
                 raise ValueError("no token of the task's turn was read")
             self.recollection.situate((self.seen / (self.turn[1] - self.turn[0])).cpu().numpy())
         except Exception:  # noqa: BLE001 - the boundary to the memory: an answer without it is better than none
-            self._forget()
+            self.forget()
 
     def lean(self, choice: Choice, logits: Tensor) -> None:
         """Ask the memory about the next token of a choice; ``logits`` (V,) are the model's own."""
@@ -77,9 +77,10 @@ class Generation:
         try:
             choice.draws.memory = self.recollection.lean(choice.ids, choice.path_logprob, logprobs)
         except Exception:  # noqa: BLE001 - as above
-            self._forget()
+            self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Called where the memory has just failed."""
         logger.exception("the memory failed; the answer goes on without it")
         self.recollection = None
         self.memory_failed = True
@@ -103,6 +104,18 @@ class KeyReader:
         return {}
 
 
+@dataclass(slots=True)
+class StateReader(KeyReader):
+    """Keeps what went into the token layer from position ``start`` of a prompt on."""
+
+    start: int = 0
+    states: list[Tensor] = field(default_factory=list)  # (T, H) each
+
+    def read(self, states: Tensor, start: int) -> None:
+        """``states`` (T, H) of the prompt's tokens from position ``start`` on."""
+        self.states.append(states[max(0, self.start - start) :].clone())
+
+
 class Choice:
     """One of the n answers: draws, text and end."""
 
@@ -110,15 +123,15 @@ class Choice:
         self.generation = generation
         self.index = index
         self.ids: list[int] = []  # drawn so far
-        self.path_logprob = 0.0  # of those, under the model alone
+        self.path_logprob = 0.0  # of those, under the model and its token memory
         self.draws: Draws = new_draws(generation.sampling, index)
         self._eos_ids = eos_ids
         self._token_text = renderer.token_text
         self._text = renderer.stream()
         self._stop = StopFilter(generation.sampling.stop)
 
-    def take(self, drawn: Drawn) -> Delta:
-        """Add one token; the delta has a finish reason where it was the last one."""
+    def take(self, drawn: Drawn, model_logprob: float | None = None) -> Delta:
+        """Add one token; the delta has a finish reason where it was the last one. ``model_logprob``: see ``Token``."""
         self.ids.append(drawn.id)
         self.path_logprob += drawn.logprob
         top = tuple((i, self._token_text(i), logprob) for i, logprob in drawn.top)
@@ -128,6 +141,7 @@ class Choice:
             logprob=drawn.logprob,
             top=top,
             drawn_logprob=None if drawn.shift is None else drawn.logprob + drawn.shift,
+            model_logprob=model_logprob,
         )
         ended = drawn.id in self._eos_ids
         text = self._stop.push("" if ended else self._text.push(drawn.id))

@@ -17,6 +17,7 @@ from gradatim.engine.attention import NAME, RowCache, Segment, make_plan
 from gradatim.engine.lora import LoraLayers
 from gradatim.errors import ModelError
 from gradatim.nn.base import Base
+from gradatim.nn.states import tap
 
 _PROBE_TOKENS = 24
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # of a logit, relative to the largest one
@@ -25,11 +26,19 @@ _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25}  # of a logit, re
 class Runner:
     """Rows of tokens in, logits out. Used by one thread. ModelError where the architecture is not supported."""
 
-    def __init__(self, base: Base, slots: int, lora_slots: int, key_layers: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        base: Base,
+        slots: int,
+        lora_slots: int,
+        key_layers: Sequence[int] = (),
+        token_layer: int | None = None,
+    ) -> None:
         self._base = base
         self._model = _private_copy(base.model)
         self._states: dict[int, Tensor] = {}  # of the last forward pass, by layer: what goes into it, (N, H)
-        self._watch(key_layers)
+        self._key_layers, self._token_layer = sorted(key_layers), token_layer
+        self._watch(sorted({*key_layers} | ({token_layer} if token_layer is not None else set())))
         probe = _probe_ids(self._model.config.get_text_config().vocab_size, base.device)
         want, shape = _reference(base, probe, slots)
         self.cache = RowCache(shape, base.dtype, base.device)
@@ -44,19 +53,20 @@ class Runner:
         return self._base.device
 
     def states(self) -> Tensor:
-        """What went into the watched layers in the last forward pass, side by side: (N, layers * H)."""
-        return torch.cat([self._states[layer] for layer in sorted(self._states)], -1)
+        """What went into the key layers in the last forward pass, side by side: (N, layers * H)."""
+        return torch.cat([self._states[layer] for layer in self._key_layers], -1)
+
+    def token_states(self) -> Tensor | None:
+        """What went into the token layer then, (N, H); None where there is none."""
+        return None if self._token_layer is None else self._states[self._token_layer]
 
     def _watch(self, layers: Sequence[int]) -> None:
-        stack: Any = getattr(self._model.base_model, "layers", None)
-        if layers and (stack is None or max(layers) >= len(stack)):
-            raise ModelError(f"memory cannot look into the layers of {type(self._model).__name__}: turn it off")
         for layer in layers:
 
-            def keep(module: Any, args: Any, kwargs: Any, layer: int = layer) -> None:
-                self._states[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+            def keep(states: Tensor, layer: int = layer) -> None:
+                self._states[layer] = states[0]
 
-            stack[layer].register_forward_pre_hook(keep, with_kwargs=True)
+            tap(self._model, layer, keep)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], decoding: int) -> Tensor:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 
 from gradatim.engine.attention import Segment
-from gradatim.engine.generation import Choice, Event, Generation, make_choices
+from gradatim.engine.generation import Choice, Event, Generation, StateReader, make_choices
+from gradatim.engine.mixing import mixed_in
 from gradatim.engine.prefix import PrefixCache
 from gradatim.engine.runner import Runner
 from gradatim.engine.sampling import draw
 from gradatim.errors import EngineError, OverloadedError
 from gradatim.nn.render import Renderer
+from gradatim.protocols import TokenMixer
 from gradatim.types import Started
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class Scheduler:
         self._runner, self._renderer, self._eos_ids = runner, renderer, eos_ids
         self._prefix = PrefixCache(prefix_cache_tokens)
         self._max_queue, self._threads, self._ended = max_queue, threads, ended
+        self.token_memory: TokenMixer | None = None
         self._rows: list[Row] = []  # by slot
         self._decoding = 0  # D
         self._open: dict[Generation, int] = {}  # how many of its choices have not ended
@@ -287,28 +290,41 @@ class Scheduler:
         self._look(rows, segments)
         drawing: list[Row] = []
         pick: list[int] = []  # which of the logits each one draws from
-        at = 0
+        ends: list[int] = []  # and which token of the pass they are predicted at
+        at, end = 0, -1
         for row, segment in zip(rows, segments, strict=True):
             row.length += len(segment.ids)
+            end += len(segment.ids)
             if not segment.wants_logits:
                 continue
             for each in self._finish_prompt(row) if row.reads else [row]:
                 drawing.append(each)
                 pick.append(at)
+                ends.append(end)
             at += 1
         if not drawing:
             return
         if len(pick) != at:
             logits = logits[torch.tensor(pick, device=logits.device)]
+        self._draw(drawing, ends, logits)
+
+    def _draw(self, drawing: Sequence[Row], ends: Sequence[int], own: Tensor) -> None:
+        """A token for each row; ``own`` (M, V) are the model's logits."""
+        logits, changed = own, frozenset[int]()
+        states = self._runner.token_states()
+        if self.token_memory is not None and states is not None:
+            asked = {row.generation for row in drawing if row.generation.recollection is not None}
+            logits, changed = mixed_in(self.token_memory, [row.generation for row in drawing], states, ends, own)
+            self._counts["memory_failed"] += sum(generation.memory_failed for generation in asked)
         self._remember(drawing, logits)
         drawn = draw(logits, [row.choice.draws for row in drawing])
-        for row, token in zip(drawing, drawn, strict=True):
+        for i, (row, token) in enumerate(zip(drawing, drawn, strict=True)):
             if row.generation not in self._open:
                 continue  # another of its choices failed
             if token is None:
                 self._fail_not_finite(row.generation)
                 continue
-            delta = row.choice.take(token)
+            delta = row.choice.take(token, float(own[i, token.id] - own[i].logsumexp(-1)) if i in changed else None)
             self._counts["generated_tokens"] += 1
             self._send(row.generation, delta)
             if delta.finish_reason:
@@ -318,10 +334,12 @@ class Scheduler:
         """Show the states of prompts that were read to the requests that have a memory."""
         if not any(row.reads and row.generation.recollection is not None for row in rows):
             return
-        states, at = self._runner.states(), 0  # (N, H)
+        states, late, at = self._runner.states(), self._runner.token_states(), 0  # (N, H)
         for row, segment in zip(rows, segments, strict=True):
             if row.reads:
                 row.generation.look(states[at : at + len(segment.ids)], segment.start)
+                if late is not None and isinstance(row.generation.recollection, StateReader):
+                    row.generation.recollection.read(late[at : at + len(segment.ids)], segment.start)
             at += len(segment.ids)
 
     def _remember(self, drawing: Sequence[Row], logits: Tensor) -> None:

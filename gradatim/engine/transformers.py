@@ -12,20 +12,24 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
+import torch
+
 from gradatim.config import EngineConfig
 from gradatim.engine.adapters import BASE_SLOT, AdapterPool
-from gradatim.engine.generation import Generation, KeyReader
+from gradatim.engine.generation import Generation, KeyReader, StateReader
 from gradatim.engine.runner import Runner
 from gradatim.engine.scheduler import Scheduler
 from gradatim.errors import AdapterError, EngineError, InvalidRequestError, PromptTooLongError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.nn.render import Renderer
+from gradatim.protocols import TokenMixer
 from gradatim.types import Adapter, AdapterId, Delta, Message, Request, Sampling, Started, Step
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 _BASE_PREFIX = ""  # all names share what the base made
 
@@ -34,7 +38,8 @@ class TransformersEngine:
     """Continuous batching over a base model and its adapters.
 
     ``data_dir`` is what adapters' paths are relative to; ``max_queue`` bounds the requests waiting or running;
-    ``key_layers`` are those whose input is the key of a memory (none: it cannot be asked).
+    ``key_layers`` are those whose input is the key of a memory (none: it cannot be asked), ``token_layer`` the one
+    whose input is that of a token memory.
     ModelError where the embedded engine does not support the architecture.
     """
 
@@ -47,10 +52,11 @@ class TransformersEngine:
         *,
         max_queue: int = 256,
         key_layers: Sequence[int] = (),
+        token_layer: int | None = None,
     ) -> None:
         self._base, self._renderer, self._config, self._data_dir = base, renderer, config, data_dir
         self._context_tokens = min(base.context_tokens, config.max_context_tokens or base.context_tokens)
-        self._runner = Runner(base, config.max_batch, config.adapter_slots, key_layers)
+        self._runner = Runner(base, config.max_batch, config.adapter_slots, key_layers, token_layer)
         self._pool = AdapterPool(config.adapter_slots, freed=self._forget)
         self._loading = Lock()
         self._scheduler = Scheduler(
@@ -81,6 +87,23 @@ class TransformersEngine:
         if reader.key is None:
             raise EngineError("the prompt was read without its key: the log says why")
         return reader.key
+
+    async def states(self, ids: Sequence[int], start: int, adapter_id: AdapterId) -> Tensor:
+        """(len(ids) - start, H): what goes into the token layer where the tokens after positions ``start``, ... are
+        predicted, under that adapter. Read in its turn among the requests. Errors as of ``generate``."""
+        reader = StateReader(start=start)
+        sampling = Sampling(max_tokens=1, temperature=0.0)
+        request = Request(prompt=tuple(ids), sampling=sampling, recollection=reader)
+        async for _ in self._events(await self._submit(request, adapter_id, None)):
+            pass
+        states = torch.cat(reader.states) if reader.states else torch.empty(0)
+        if len(states) != len(ids) - start:
+            raise EngineError("the tokens were read without their states: the log says why")
+        return states
+
+    def attach(self, memory: TokenMixer) -> None:
+        """Let it be asked from the next draw on."""
+        self._scheduler.token_memory = memory
 
     async def _events(self, generation: Generation) -> AsyncIterator[Started | Delta]:
         running = generation.sampling.n
@@ -130,7 +153,10 @@ class TransformersEngine:
             )
             if request.recollection is not None:
                 generation.recollection = request.recollection
-                generation.turn = await asyncio.to_thread(self._renderer.turn, prompt_ids, messages)
+                if isinstance(request.recollection, StateReader):
+                    generation.turn = request.recollection.start, len(prompt_ids)
+                else:
+                    generation.turn = await asyncio.to_thread(self._renderer.turn, prompt_ids, messages)
             self._scheduler.submit(generation)
             submitted = True
         finally:

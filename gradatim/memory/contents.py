@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,13 @@ from gradatim.types import EpisodeId, MemoryEntry, MemoryEpoch, MemoryKey, Memor
 
 Floats = NDArray[np.float32]
 NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
+
+
+class Drops(Protocol):
+    """Something that is made of entries."""
+
+    def drop(self, tenant: str, entry_id: str) -> None:
+        """Nothing of that entry is in it when this returns."""
 
 
 class Contents:
@@ -33,6 +40,8 @@ class Contents:
         self.versions: Counter[str] = Counter()  # by tenant: rises when something is taken out or changed
         self.epochs: dict[str, MemoryEpoch] = {}
         self.tombstones: list[Tombstone] = []
+        self.tokens: Drops | None = None
+        self.revision = 0  # rises with every change of what counts
         self.damaged = 0  # keys that could not be read
         self._uses: dict[str, dict[StepId, float]] = defaultdict(dict)  # entry -> answers
         self._used_by: dict[StepId, set[str]] = defaultdict(set)  # answer -> entries
@@ -41,6 +50,8 @@ class Contents:
 
     def put(self, entry: MemoryEntry) -> None:
         """One of the same id is replaced, and keeps its key."""
+        self.revision += 1
+        self._drop_tokens(entry.id, but=entry)
         if entry.id not in self.entries:
             self.by_step.setdefault(entry.step_id, []).append(entry.id)
             self.by_episode[entry.episode_id].add(entry.id)
@@ -52,6 +63,8 @@ class Contents:
     def take(self, ids: Iterable[str]) -> None:
         """Out of everything, their keys too."""
         for entry_id in list(ids):
+            self.revision += 1
+            self._drop_tokens(entry_id)
             entry = self.entries.pop(entry_id, None)
             if entry is None:
                 continue
@@ -85,6 +98,33 @@ class Contents:
         """How many answers it helped, and how many it harmed."""
         values = self._uses.get(entry_id, {}).values()
         return sum(v > 0.0 for v in values), sum(v < 0.0 for v in values)
+
+    def _drop_tokens(self, entry_id: str, but: MemoryEntry | None = None) -> None:
+        """Out of the token memory, unless ``but`` says the same there."""
+        entry = self.entries.get(entry_id)
+        if self.tokens is None or entry is None or entry.value <= 0.0:
+            return
+        if but is None or (entry.tenant, entry.tokens) != (but.tenant, but.tokens):
+            self.tokens.drop(entry.tenant, entry.id)
+
+    def tells(self, entry: MemoryEntry) -> bool:
+        """Whether these tokens may go into a token memory: of an answer that was judged good, of the current epoch."""
+        known = self.entries.get(entry.id)
+        same = known is not None and (known.tenant, known.tokens) == (entry.tenant, entry.tokens)
+        return same and entry.value > 0.0 and entry.epoch >= self.since(entry.tenant)
+
+    def rows(self, tenant: str | None, step_id: str, limit: int) -> list[dict[str, Any]]:
+        """The newest entries first; of one tenant or step."""
+        found = [
+            e for e in self.entries.values() if tenant in (None, e.tenant) and (not step_id or e.step_id == step_id)
+        ]
+        found.sort(key=lambda e: (e.created_at, e.id), reverse=True)
+        return [self.row(entry) for entry in found[:limit]]
+
+    def told(self) -> list[MemoryEntry]:
+        """All that may."""
+        since = {tenant: self.since(tenant) for tenant in self.sizes}
+        return [e for e in self.entries.values() if e.value > 0.0 and e.epoch >= since[e.tenant]]
 
     # ---------------------------------------------------------------------------------------------- keys
 
@@ -132,6 +172,13 @@ class Contents:
         """The epoch of which an entry must be, at least, to count."""
         mine = [e.number for e in self.epochs.values() if e.tenant in (None, tenant) and e.undone_at is None]
         return max(mine, default=0)
+
+    def renew(self, tenant: str) -> None:
+        """An epoch of that tenant has begun or ended."""
+        self.versions[tenant] += 1
+        self.revision += 1
+        for entry in [e for e in self.entries.values() if e.tenant == tenant and e.epoch < self.since(tenant)]:
+            self._drop_tokens(entry.id)
 
     def newest_epoch(self) -> int:
         return max((e.number for e in self.epochs.values()), default=0)

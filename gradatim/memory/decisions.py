@@ -15,16 +15,17 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
-from gradatim.errors import ForeignMemoryError, StoreError
+from gradatim.errors import StoreError
 from gradatim.memory.contents import Contents, covers, read
 from gradatim.memory.recall import Neighbourhood, Recall
-from gradatim.memory.spaces import make_space, to_bytes
+from gradatim.memory.spaces import check_space, make_space, to_bytes
+from gradatim.memory.token_folders import TokenFolders
 from gradatim.protocols import Recollection, Shelf
 from gradatim.types import (
     AdapterId,
@@ -39,6 +40,11 @@ from gradatim.types import (
     Tombstone,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gradatim.memory.tokens import TokenMemory
+
 Floats = NDArray[np.float32]
 CURSOR = "memory.judged"  # feedback up to here has been remembered
 SCOPES: Sequence[str] = get_args(get_type_hints(Tombstone)["scope"])
@@ -49,7 +55,8 @@ Drop = tuple[type[Kept], Mapping[str, str]]
 
 class DecisionMemory:
     """``layers``: those whose input is the key. ``base_sha256`` and ``tokenizer_sha256`` are of the model that is
-    served, or empty where none is. ForeignMemoryError where what is on the shelf was made with another; StoreError."""
+    served, or empty where none is. ``tokens``, or what it left in ``folders``, is kept in step with what is remembered.
+    ForeignMemoryError where what is on the shelf was made with another; StoreError."""
 
     def __init__(
         self,
@@ -59,6 +66,8 @@ class DecisionMemory:
         base_sha256: str,
         tokenizer_sha256: str,
         layers: tuple[int, ...],
+        tokens: TokenMemory | None = None,
+        folders: TokenFolders | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
@@ -68,6 +77,8 @@ class DecisionMemory:
         self._writing = threading.RLock()
         self._lock = threading.Lock()
         self._all = Contents()
+        self._all.tokens = tokens or folders
+        self._tokens = tokens
         self._spaces: dict[str, MemorySpace] = {}
         self._bridges: dict[str, str] = {}  # space -> the one whose keys may stand in for those that it lacks
         self._recent: OrderedDict[StepId, tuple[str, Floats]] = OrderedDict()
@@ -83,6 +94,11 @@ class DecisionMemory:
 
     def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str) -> Recall:
         """For one request that these weights answer."""
+        self.counts["recalls"] += 1
+        return Recall(self, self.config, self.tenant(user), self.expect(adapter_id, adapter_sha256))
+
+    def expect(self, adapter_id: AdapterId, adapter_sha256: str) -> MemorySpace:
+        """Make keys for requests that these weights answer."""
         space = self._space(adapter_id, adapter_sha256)
         with self._lock:
             self._untended = self._untended or space.id not in self._wanted
@@ -90,8 +106,7 @@ class DecisionMemory:
             self._wanted.move_to_end(space.id)
             while len(self._wanted) > _SPACES:
                 self._wanted.popitem(last=False)
-            self.counts["recalls"] += 1
-        return Recall(self, self.config, self.tenant(user), space)
+        return space
 
     def near(self, tenant: str, space: str, key: Floats, floor: float) -> Neighbourhood:
         """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
@@ -264,23 +279,39 @@ class DecisionMemory:
             nearest = max(index.search(key, -1.0), key=lambda found: found[1])[0]
             return nearest == step_id or float(own @ index.key(nearest)) > 0.999
 
+    def untold(self, limit: int, but: Set[tuple[str, str]]) -> list[tuple[MemoryEntry, MemorySpace, AdapterId]]:
+        """What the token memory lacks in the spaces that requests come in, the newest first; ``but`` for some entries
+        and spaces that cannot be read. What was written to disk is taken over first."""
+        with self._lock:
+            tokens, wanted = self._tokens, [(self._spaces[s], a) for s, a in reversed(self._wanted.items())]
+            revision = self._all.revision
+            if tokens is None or tokens.complete(revision, wanted):
+                return []
+            told = self._all.told()
+        for key, held in tokens.written(told, wanted):
+            with self._lock:
+                tokens.adopt(key, held, self._all.told())
+        return tokens.lacking(revision, told, wanted, but)[:limit]
+
+    def tell(self, entry: MemoryEntry, space: MemorySpace, states: Tensor) -> None:
+        """``states`` (T, H) are those that its tokens come after. In effect for the next token when it returns, if the
+        entry is still remembered as it was. MemoryKeyError."""
+        with self._lock:
+            if self._tokens is not None and self._all.tells(entry) and space.id in self._wanted:
+                self._tokens.add(entry, space, states)
+
     # ---------------------------------------------------------------------------------------------- looking
 
-    def stats(self) -> dict[str, int]:
+    def stats(self) -> dict[str, float]:
         with self._lock:
-            counts = ("recalls", "steered", "written", "failed", "unreadable")
-            return {**self._all.stats(), "spaces": len(self._spaces), **{name: self.counts[name] for name in counts}}
+            counts = {name: self.counts[name] for name in ("recalls", "steered", "written", "failed", "unreadable")}
+            tokens = {} if self._tokens is None else self._tokens.stats()
+            return {**self._all.stats(), **tokens, **counts, "spaces": len(self._spaces)}
 
     def show(self, *, tenant: str | None = None, step_id: str = "", limit: int = 100) -> list[dict[str, Any]]:
         """Entries, the newest first; of one tenant or step."""
         with self._lock:
-            found = [
-                e
-                for e in self._all.entries.values()
-                if tenant in (None, e.tenant) and (not step_id or e.step_id == step_id)
-            ]
-            found.sort(key=lambda e: (e.created_at, e.id), reverse=True)
-            return [self._all.row(entry) for entry in found[:limit]]
+            return self._all.rows(tenant, step_id, limit)
 
     def check(self) -> dict[str, Any]:
         """Compare what answers are made with to the shelf: entries one by one, and the checksum of every key."""
@@ -293,6 +324,7 @@ class DecisionMemory:
                 "extra": sorted(here.keys() - entries.keys()),
                 "differing": sorted(i for i in entries.keys() & here.keys() if entries[i] != here[i]),
                 "damaged_keys": sorted(k.step_id for k in keys if read(k) is None),
+                "stray_tokens": [] if self._tokens is None else self._tokens.stray(self._all.told()),
             }
         return {"ok": not any(problems.values()), "entries": len(entries), "keys": len(keys), **problems}
 
@@ -300,16 +332,7 @@ class DecisionMemory:
 
     def _load(self) -> None:
         for space in self._shelf.load(MemorySpace):
-            for what, theirs, ours in (
-                ("base model", space.base_sha256, self._base),
-                ("tokenizer", space.tokenizer_sha256, self._tokenizer),
-            ):
-                if ours and theirs != ours:
-                    raise ForeignMemoryError(
-                        f"what is remembered was made with another {what}: its digest is {theirs}, that of the "
-                        f"one that is served is {ours}. Serve the one it was made with, or begin anew: "
-                        "gradatim memory forget all"
-                    )
+            check_space(space, self._base, self._tokenizer)
             self._spaces[space.id] = space
         self._all.epochs = {e.id: e for e in self._shelf.load(MemoryEpoch)}
         self._all.tombstones = list(self._shelf.load(Tombstone))
@@ -355,7 +378,7 @@ class DecisionMemory:
         with self._lock:
             self._all.epochs[epoch.id] = epoch
             for tenant in list(self._all.sizes) if epoch.tenant is None else [epoch.tenant]:
-                self._all.versions[tenant] += 1
+                self._all.renew(tenant)
 
     def _dated(self, entry: MemoryEntry) -> MemoryEntry:
         """An entry belongs to the epoch in which it was first written."""

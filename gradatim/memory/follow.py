@@ -21,6 +21,7 @@ from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.entries import entries_of
 from gradatim.memory.spaces import key_of
+from gradatim.memory.tell import Teller
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
 from gradatim.types import AdapterId, Case, MemoryUse, Step, StepId
 
@@ -35,7 +36,7 @@ Place = Callable[[Step, AdapterId], Awaitable[NDArray[np.float32]]]
 
 
 class Follower:
-    """``place`` gives the state of a step under some weights."""
+    """``place`` gives the state of a step under some weights; ``teller`` fills the token memory, if there is one."""
 
     def __init__(
         self,
@@ -46,7 +47,9 @@ class Follower:
         credit: CreditAssigner,
         tokenizer: Tokenizer,
         place: Place,
+        teller: Teller | None = None,
     ) -> None:
+        self._teller = teller
         self._memory, self._store, self._place = memory, store, place
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
         self._tried: dict[str, list[bool]] = {}  # space -> probes that found themselves
@@ -68,8 +71,11 @@ class Follower:
 
     async def turn(self) -> bool:
         """Take in new feedback, or else make some keys. True if anything was done."""
-        taken = await asyncio.to_thread(self.take)
-        return taken or await self.tend()
+        if await asyncio.to_thread(self.take):
+            return True
+        placed = self._memory.config.decisions and await self.tend()
+        told = self._teller is not None and await self._teller.turn()
+        return placed or told
 
     # ------------------------------------------------------------------------------------ feedback -> entries
 

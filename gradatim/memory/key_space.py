@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +60,11 @@ def key_space(base_sha256: str, layer: int, vocabulary: int, hidden: Tensor, ada
     return KeySpace(
         base_sha256, layer, vocabulary, mean.float().numpy(), scale.float().numpy(), adapter_sha256=adapter_sha256
     )
+
+
+def in_space_of(space: KeySpace, adapter_sha256: str) -> KeySpace:
+    """The space of the same base under an adapter."""
+    return replace(space, adapter_sha256="" if adapter_sha256 == space.base_sha256 else adapter_sha256)
 
 
 def late_layer(layers: int) -> int:

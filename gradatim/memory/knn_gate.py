@@ -107,6 +107,14 @@ class Gate(nn.Module):
         return _CAP * torch.sigmoid(torch.tanh(x @ self.inner.t() + self.inner_bias) @ self.outer + self.outer_bias)
 
 
+def near_gate(x: Tensor) -> Tensor:
+    """For models that no gate was trained for: (B, F) -> (B,), exp(-d/T) of the nearest neighbour times the share of
+    the likeliest token. Nothing in it was fitted: it opens where the text stood nearly so before and the neighbours
+    agree, and is closed at the distances of unlike text, right store or wrong."""
+    nearest, agreed = x[:, 0].exp(), x[:, 3]
+    return _CAP * agreed * torch.exp(-nearest / TEMPERATURE)
+
+
 def train_gate(cases: Sequence[Cases], *, steps: int = 600, seed: int = 0) -> Gate:
     """Fitted to the likelihood of the tokens that came, each set of cases weighing the same: give sets whose store fits
     their text and sets whose store does not. Full batches of Adam; deterministic."""

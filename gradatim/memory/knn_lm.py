@@ -12,13 +12,13 @@ Shapes: B rows, D size of the hidden state, V vocabulary, K neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradatim.memory.knn_gate import TEMPERATURE, Cases, Gate, Recalled, features, recalled
+from gradatim.memory.knn_gate import TEMPERATURE, Cases, Recalled, features, recalled
 from gradatim.memory.token_store import Neighbours, TokenStore
 
 NEIGHBOURS = 32
@@ -40,8 +40,15 @@ class Mixed:
 
 
 class KnnLm:
+    """``gate`` makes lambdas (B,) of features (B, F)."""
+
     def __init__(
-        self, gate: Gate, *, k: int = NEIGHBOURS, sure: float = SURE, temperature: float = TEMPERATURE
+        self,
+        gate: Callable[[Tensor], Tensor],
+        *,
+        k: int = NEIGHBOURS,
+        sure: float = SURE,
+        temperature: float = TEMPERATURE,
     ) -> None:
         self.k = k
         self._gate = gate

@@ -40,6 +40,15 @@ class Neighbourhood:
     epoch: int
 
 
+@dataclass(slots=True)
+class TokenUse:
+    """What a token memory did to the answers of one request."""
+
+    searched: int = 0  # tokens
+    mixed: int = 0
+    lambdas: float = 0.0  # sum over those
+
+
 class Source(Protocol):
     """The memory, as seen from a request."""
 
@@ -75,6 +84,7 @@ class Recall:
     def __init__(self, source: Source, config: MemoryConfig, tenant: str, space: MemorySpace) -> None:
         self.tenant, self.space = tenant, space
         self.key: Floats | None = None
+        self.tokens = TokenUse()
         self._source, self._config = source, config
         self._found = Neighbourhood((), 0, 0)
         self._steering = Steering((), odds=config.odds)
@@ -87,6 +97,8 @@ class Recall:
     def lean(
         self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
     ) -> Mapping[int, float]:
+        if not self._config.decisions:
+            return {}
         if self._found.version != self._source.version(self.tenant):
             self._look()  # something was forgotten while this answer was written
         bias = self._steering.lean(drawn, path_logprob, logprobs)
@@ -95,14 +107,22 @@ class Recall:
 
     def _look(self) -> None:
         assert self.key is not None, "situate first"
+        if not self._config.decisions:
+            return
         self._found = self._source.near(self.tenant, self.space.id, self.key, floor_of(self._config))
         self._steering = Steering(actions_of(self._found.near, self._config), odds=self._config.odds)
 
     def trace(self, tokens: Sequence[int]) -> dict[str, Any]:
         """What memory did to an answer of these tokens; empty where it had no part in it."""
+        if not self.tokens.mixed:
+            return self._judged(tuple(tokens)) if self._leant else {}
+        use = self.tokens
+        shown = {"searched": use.searched, "mixed": use.mixed, "lambda": use.lambdas / use.mixed}
+        return {"tenant": self.tenant, "space": self.space.id} | self._judged(tuple(tokens)) | {"tokens": shown}
+
+    def _judged(self, answer: tuple[int, ...]) -> dict[str, Any]:
         if not self._leant:
             return {}
-        answer = tuple(tokens)
         nearest = sorted(self._found.near, key=lambda pair: (-pair[1], pair[0].id))
         spoke_for = [e.id for e, _ in nearest if e.value > 0.0 and e.tokens == answer]
         against = [e.id for e, _ in nearest if e.value < 0.0 and e.tokens != answer]

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
-from gradatim.errors import MemoryKeyError
+from gradatim.errors import ForeignMemoryError, MemoryKeyError
 from gradatim.types import AdapterId, MemorySpace
 
 Floats = NDArray[np.float32]
@@ -41,6 +41,19 @@ def make_space(
         layers=layers,
         created_at=now,
     )
+
+
+def check_space(space: MemorySpace, base_sha256: str, tokenizer_sha256: str) -> None:
+    """ForeignMemoryError where it is of another base model or tokenizer than these; empty ones are not compared."""
+    for what, theirs, ours in (
+        ("base model", space.base_sha256, base_sha256),
+        ("tokenizer", space.tokenizer_sha256, tokenizer_sha256),
+    ):
+        if ours and theirs != ours:
+            raise ForeignMemoryError(
+                f"what is remembered was made with another {what}: its digest is {theirs}, that of the one that is "
+                f"served is {ours}. Serve the one it was made with, or begin anew: gradatim memory forget all"
+            )
 
 
 def key_of(state: Floats) -> Floats:

@@ -52,6 +52,11 @@ class TokenStore:
         return self._index.rows - self._index.removed
 
     @property
+    def wasted(self) -> int:
+        """Entries that were removed and still take room."""
+        return self._index.removed
+
+    @property
     def sources(self) -> frozenset[str]:
         return frozenset(self._sources)
 

@@ -5,27 +5,46 @@ Shapes: T tokens, D size of the hidden state, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from gradatim.errors import ModelError
+
+
+def tap(model: Any, layer: int, keep: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``keep`` in every forward pass with what its first ``layer`` layers made, (B, T, D). ModelError where they
+    cannot be found."""
+    stack: Any = getattr(model.base_model, "layers", None)
+    if stack is None or not 0 <= layer <= len(stack):
+        raise ModelError(f"memory cannot look into the layers of {type(model).__name__}: turn it off")
+
+    def before(_module: Any, args: Any, kwargs: Any) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
+
+    def after(_module: Any, _args: Any, out: Any) -> None:
+        keep(out[0] if isinstance(out, tuple) else out)
+
+    if layer < len(stack):
+        handle: RemovableHandle = stack[layer].register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = stack[-1].register_forward_hook(after)
+    return handle
 
 
 @contextmanager
 def tapped(model: Any, layer: int) -> Iterator[list[Tensor]]:
     """While it lasts, every forward pass appends the output (B, T, D) of the first ``layer`` layers to the list."""
     seen: list[Tensor] = []
-
-    def keep(_module: Any, _args: Any, out: Any) -> None:
-        seen.append(out[0] if isinstance(out, tuple) else out)
-
-    hook = model.base_model.layers[layer - 1].register_forward_hook(keep)
+    handle = tap(model, layer, seen.append)
     try:
         yield seen
     finally:
-        hook.remove()
+        handle.remove()
 
 
 @torch.inference_mode()

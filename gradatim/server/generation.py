@@ -221,7 +221,7 @@ class Generation:
             messages=self.call.messages,
             prompt_ids=self.prompt_ids,
             completion_ids=tuple(choice.token_ids),
-            logprobs=tuple(token.logprob for token in tokens),
+            logprobs=tuple(t.logprob if t.model_logprob is None else t.model_logprob for t in tokens),
             text=text,
             finish_reason=choice.finish_reason or "aborted",
             sampling=_plain_sampling(self.call),

@@ -1,0 +1,64 @@
+"""The key space of a model, standardised by public text: what one tenant wrote would leave a trace in all keys.
+
+The text is the reference of the Python language, which comes with every Python. The space is made once for a model and
+kept; another text would make another space, whose keys are made anew.
+
+Shapes: n states, D size of the hidden state.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from gradatim.memory.key_space import KeySpace, key_space
+from gradatim.memory.token_file import replace
+from gradatim.nn.base import Base
+from gradatim.nn.states import states
+
+log = logging.getLogger(__name__)
+_TEXTS, _TOKENS = 16, 64  # of each text: 1024 states, a few seconds of one core for the bundled model
+
+
+def public_space(base: Base, layer: int, folder: Path) -> KeySpace:
+    """Read from ``folder``, or made and kept there; a file that is damaged or of another model is made anew."""
+    path = folder / f"space-{base.sha256[:16]}-{layer}.safetensors"
+    found = _read(path, base, layer)
+    if found is not None:
+        return found
+    hidden = torch.cat([states(base.model, ids, layer) for ids in _windows(base)])  # (n, D)
+    made = key_space(base.sha256, layer, base.model.config.get_text_config().vocab_size, hidden)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace(path, save({"mean": made.mean, "scale": made.scale}, {"digest": made.digest}))
+    except OSError as e:
+        log.warning("the key space is not kept, and is made anew at the next start: %s", e.strerror)
+    return made
+
+
+def _windows(base: Base) -> Iterator[list[int]]:
+    step = max(1, len(topics) // _TEXTS)
+    for name in sorted(topics)[::step][:_TEXTS]:
+        ids: list[int] = base.tokenizer.encode(topics[name][: 16 * _TOKENS], add_special_tokens=False)
+        yield ids[: min(_TOKENS, base.context_tokens)]
+
+
+def _read(path: Path, base: Base, layer: int) -> KeySpace | None:
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            digest = (file.metadata() or {})["digest"]
+            mean, scale = file.get_tensor("mean"), file.get_tensor("scale")
+    except (OSError, SafetensorError, KeyError) as e:
+        log.warning("%s is damaged and made anew: %s", path, e)
+        return None
+    found = KeySpace(base.sha256, layer, base.model.config.get_text_config().vocab_size, mean, scale)
+    return found if found.digest == digest else None

@@ -1,0 +1,41 @@
+"""The key space and the gate that come with this package for the bundled model, as ``bench_token_gate`` makes them.
+
+Any other model has a key space of its own and the gate that needs no training. It knows no stores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from gradatim.memory.key_space import KeySpace
+from gradatim.memory.knn_gate import Gate
+from gradatim.memory.token_file import replace
+
+FILE = Path(__file__).with_name("smollm2.safetensors")
+_MEAN, _SCALE = "space.mean", "space.scale"
+
+
+def shipped(base_sha256: str, layer: int, vocabulary: int, path: Path = FILE) -> tuple[KeySpace, Gate] | None:
+    """None where there is none for that layer of that base model."""
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if base_sha256 not in json.loads(header["bases"]) or layer != int(header["layer"]):
+        return None
+    gate = Gate()
+    space = KeySpace(base_sha256, layer, vocabulary, tensors.pop(_MEAN).numpy(), tensors.pop(_SCALE).numpy())
+    gate.load_state_dict(tensors)
+    return space, gate.requires_grad_(False).eval()
+
+
+def write_shipped(path: Path, bases: Sequence[str], space: KeySpace, gate: Gate) -> None:
+    """``bases``: digests of that model, one for each type of its numbers."""
+    tensors = {_MEAN: torch.from_numpy(space.mean), _SCALE: torch.from_numpy(space.scale), **gate.state_dict()}
+    header = {"bases": json.dumps(sorted(bases)), "layer": str(space.layer)}
+    replace(path, save({name: x.contiguous() for name, x in tensors.items()}, header))

@@ -1,0 +1,45 @@
+"""Where the stores of a token memory lie between two runs of a server: one folder a tenant, one in it a key space.
+
+What lies there is derived. A folder that is gone costs a new reading of that tenant's answers, so whatever is to be
+forgotten takes the whole folder with it. It knows no keys; it is at hand where memory is off, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Set
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+class TokenFolders:
+    """Below ``folder``, which need not be there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, tenant: str, space_digest: str) -> Path:
+        return self._of(tenant) / space_digest[:32]
+
+    def keep(self, tenant: str, space_digests: Set[str]) -> None:
+        """Remove what that tenant has in other spaces: of weights that answer no more."""
+        kept = {self.path(tenant, digest) for digest in space_digests}
+        folder = self._of(tenant)
+        for path in folder.iterdir() if folder.exists() else ():
+            if path not in kept:
+                shutil.rmtree(path, ignore_errors=True)  # it is tried again
+
+    def drop(self, tenant: str, entry_id: str) -> None:
+        """Nothing of that entry is kept when this returns, nor of the tenant's others. A fault is logged."""
+        try:
+            shutil.rmtree(self._of(tenant))
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            log.error("the token memory of a tenant cannot be removed, with %s in it: %s", entry_id, e)
+
+    def _of(self, tenant: str) -> Path:
+        return self._folder / hashlib.sha256(tenant.encode()).hexdigest()[:32]
