@@ -153,6 +153,7 @@ class ReleaseConfig:
     ramp_episodes: int = 20  # of the canary, seen without an alarm, before the next share
     ramp_s: float = 3600.0  # and this long
     holdback: _Share | None = None  # of new episodes that stay on the last good adapter; none: 0.05 with canary, else 0
+    base_share: _Share = 0.0  # of new episodes that stay on the frozen base for good: they show what learning is worth
     window_s: float = 86_400.0  # feedback on an episode counts until this long after its first answer
     trusted: tuple[str, ...] = ("critic",)  # families of sources that are programs; the others are people or judges
     user_cap: int = 5  # rated episodes of one user that count in one trial; 0: all. Unnamed users are not capped
@@ -178,6 +179,19 @@ class ReleaseConfig:
     @property
     def holdback_share(self) -> float:
         return (0.05 if self.canary else 0.0) if self.holdback is None else self.holdback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriftConfig:
+    """What is watched for a change of the world, beside the live adapter; it changes no adapter."""
+
+    __pydantic_config__ = _STRICT
+    react: Literal["off", "observe", "adapt"] = "observe"  # adapt: replay, rewards and memory turn to what is new
+    alarm: Annotated[float, Field(gt=0)] = 1e5  # episodes between two false alarms, of all that is watched together
+    tolerance: Annotated[float, Field(ge=0.0, lt=0.5)] = 0.01  # change of a mean in [0, 1] that is let pass
+    season_s: Annotated[float, Field(ge=0.0)] = 86_400.0  # the day, whose course is learned for two of it; 0: none
+    skills: Annotated[int, Field(ge=0, le=256)] = 16  # that are watched each for itself, the first ones
+    confirm_episodes: Annotated[int, Field(ge=1)] = 4000  # rated ones after a fall; with no answer by then: unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,6 +267,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     critics: CriticsConfig = field(default_factory=CriticsConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -332,6 +332,14 @@ class Verdict:
     reason: str = ""
 
 
+DRIFT = "drift"  # as a verdict's gate: what was seen to change beside the live adapter
+
+
+def is_new_world(verdict: Verdict) -> bool:
+    """Whether what was learned before is to count for less from now on."""
+    return verdict.gate == DRIFT and verdict.evidence.get("world") == 1.0 and verdict.evidence.get("adapt") == 1.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Move:
     """One change of stage: the audit row, written in the transaction that makes the change."""

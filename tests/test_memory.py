@@ -27,7 +27,20 @@ from gradatim.protocols import Store, Tokenizer
 from gradatim.reward import WeightedReward
 from gradatim.store import SqlShelf, SqlStore, open_store
 from gradatim.testing.records import a_step
-from gradatim.types import AdapterId, Case, EpisodeId, MemoryEntry, MemoryKey, MemoryUse, Step, StepId
+from gradatim.types import (
+    DRIFT,
+    AdapterId,
+    Case,
+    Decision,
+    EpisodeId,
+    MemoryEntry,
+    MemoryKey,
+    MemoryUse,
+    Record,
+    Step,
+    StepId,
+    Verdict,
+)
 
 WIDTH = 24
 BASE = AdapterId("agent@0")
@@ -399,6 +412,38 @@ def test_keys_of_other_weights_stand_in_where_they_are_allowed_to(store: SqlStor
 # ---------------------------------------------------------------------------------------------------- following
 
 
+async def test_a_new_world_begins_an_epoch_once_which_can_be_undone(store: SqlStore) -> None:
+    learn(opened(store), entry("s", (5,)), 1)
+
+    def follower(memory: DecisionMemory) -> Follower:
+        async def place(step: Step, adapter_id: AdapterId) -> Floats:
+            return state(1)
+
+        rule, credit = WeightedReward(RewardConfig()), OutcomeCredit(RewardConfig())
+        return Follower(memory, store, reward_model=rule, credit=credit, tokenizer=cast(Tokenizer, None), place=place)
+
+    found = Verdict(
+        adapter_id=BASE,
+        created_at=1.0,
+        gate=DRIFT,
+        decision=Decision.PASS,
+        evidence={"world": 1.0, "adapt": 0.0},
+        reason="the world changed",
+    )
+    memory = opened(store)
+    following = follower(memory)
+    store.append(found)
+    following.take()
+    assert bias(memory, 1)  # it is only told
+    store.append(replace(found, evidence={"world": 1.0, "adapt": 1.0}))
+    following.take()
+    assert not bias(memory, 1)
+    again = opened(store)
+    follower(again).take()
+    assert [(e.number, e.actor, e.reason) for e in again._all.epochs.values()] == [(1, DRIFT, "the world changed")]
+    assert again.undo_epoch(None) is not None and bias(again, 1)
+
+
 class Steps:
     """A store that has every step and no new feedback."""
 
@@ -407,6 +452,9 @@ class Steps:
 
     def cursor(self, name: str) -> int:
         return 0
+
+    def read(self, kind: type[Record], *, after: int = 0, limit: int = 1000, **where: str) -> Sequence[Any]:
+        return ()
 
     def step(self, *, id: StepId | None = None, chain_key: str | None = None) -> Step | None:
         return a_step(str(id))

@@ -167,3 +167,20 @@ async def test_without_a_canary_no_coin_is_tossed(store: Store) -> None:
     traffic, _ = await traffic_on(store)
     route = await traffic.route("agent", EpisodeId("e"))
     assert (route.adapter_id, route.coin) == ("agent@1", {})
+
+
+async def test_a_share_stays_on_the_frozen_base_for_good(store: Store) -> None:
+    release = ReleaseConfig(canary=True, holdback=0.05, base_share=0.1)
+    traffic, _ = await traffic_on(store, release)
+    assert (await traffic.route("agent", EpisodeId("e"))).coin == {}  # the base itself is live
+    go_live(store, 1)
+    await traffic.refresh()
+    assert (await traffic.route("agent", EpisodeId("f"))).coin == {"agent@0": 0.1, "agent@1": 0.9}  # it is both
+    go_live(store, 2)
+    await traffic.refresh()
+    coin = {"agent@0": 0.1, "agent@1": 0.05, "agent@2": pytest.approx(0.85)}
+    routes = [await traffic.route("agent", EpisodeId(f"e{i}")) for i in range(1000)]
+    assert all(route.coin == coin for route in routes)
+    frozen = [route for route in routes if route.adapter_id == "agent@0"]
+    assert 70 <= len(frozen) <= 130
+    assert {(route.stage, route.propensity) for route in frozen} == {("retired", 0.1)}

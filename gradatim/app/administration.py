@@ -49,12 +49,14 @@ class Administration:
         self._follow()
         with self._judging:  # it keeps what it read; requests come in threads
             told = report.learning(self._store, self._config, judge=self._judge)
+        loop = dict(self._loop())
         return {
             "name": self._config.name,
             "model": self._config.model,
             **told,
+            "drift": {"told": told["drift"], **loop.pop("drift", {})},
             "feedback_to_live_s": self._latencies.newest(),
-            "loop": dict(self._loop()),
+            "loop": loop,
         }
 
     def rollback(self, adapter_id: AdapterId, *, actor: str, reason: str) -> Mapping[str, Any]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
     from gradatim.protocols import CreditAssigner, Gate, RewardModel
+    from gradatim.release.drift import Drift
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -145,6 +146,15 @@ def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) ->
 
     reward_model = AuditedReward(store, config.reward, read_only=read_only)
     return reward_model, HorizonCredit(store, config.credit, config.reward)
+
+
+def build_drift(config: Config, store: SqlStore) -> Drift | None:
+    """None where it is switched off."""
+    if config.drift.react == "off":
+        return None
+    from gradatim.release.drift import Drift
+
+    return Drift(store, config, Path(config.data_dir))
 
 
 def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:

@@ -126,6 +126,7 @@ def _learning(facts: Facts, learning: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _reward(learning.get("reward"))
         yield _examples(facts.config, learning)
         yield from _updates(learning)
+        yield from _drift(learning.get("drift"), learning["live"])
 
 
 def _feedback(learning: Mapping[str, Any]) -> Finding:
@@ -209,6 +210,23 @@ def _updates(learning: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if learning["live"]:
         yield Finding("live", "good", f"{learning['live']}, one of {learning['adapters']} versions")
+
+
+def _drift(drift: Mapping[str, Any] | None, live: str | None) -> Iterator[Finding]:
+    """The newest thing seen to change, and the newest word on why rewards fell."""
+    told = drift["told"] if drift else []
+    ways_out = {
+        "world": 'drift.react = "adapt" turns to what is new; gradatim memory epoch sets old memory aside',
+        "adapter": "gradatim adapters rollback, where the watch has not done so",
+        "unknown": "release.holdback or release.base_share has another adapter answer beside it",
+    }
+    causes = [row for row in told if row["what"] in ways_out]
+    for row in causes[:1]:
+        way_out = "" if row.get("adapt") else ways_out[row["what"]]
+        at_fault = row["what"] == "adapter" and row["live"] == live
+        yield Finding("drift", "bad" if at_fault else "info", row["reason"], way_out)
+    for row in [row for row in told if row["what"] == "changed"][:1]:
+        yield Finding("drift", "info", row["reason"])
 
 
 def _demo(facts: Facts) -> Iterator[Finding]:

@@ -27,6 +27,7 @@ from gradatim.errors import GradatimError, StoreError
 
 if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
+    from gradatim.release.drift import Drift
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +57,18 @@ def follow(config: Config) -> None:
         base = compose.build_base(config)
         with compose.build_store(config) as store, store.exclusive("loop", wait_s=10.0):
             turn = tidily(compose.build_loop(config, store, base).turn, OptimiserStates(store, config))
-            critique = compose.build_critique(config, store)
+            critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
+            if drift is not None:
+                turn = together(turn, drift.turn)
             if critique is not None:  # in a thread: it waits for others, and learning must not wait for it
                 threading.Thread(target=judge_for_ever, args=(critique, config.loop.poll_s), daemon=True).start()
-            turn_for_ever(turn, home, config.loop.poll_s, beside=critique.status if critique else dict)
+            turn_for_ever(turn, home, config.loop.poll_s, beside=lambda: _beside(critique, drift))
+
+
+def _beside(critique: Critique | None, drift: Drift | None) -> Mapping[str, Any]:
+    """What runs beside the loop, as it says itself."""
+    told = {"critics": critique.status() if critique else {}, "drift": drift.describe() if drift else {}}
+    return {name: facts for name, facts in told.items() if facts}
 
 
 def judge_for_ever(critique: Critique, poll_s: float) -> None:
@@ -87,10 +96,20 @@ def tidily(turn: Callable[[], bool], tidy: Callable[[], object]) -> Callable[[],
     return turned
 
 
+def together(first: Callable[[], bool], second: Callable[[], bool]) -> Callable[[], bool]:
+    """One turn of each; whether either did anything."""
+
+    def turned() -> bool:
+        worked = first()
+        return second() or worked
+
+    return turned
+
+
 def turn_for_ever(
     turn: Callable[[], bool], home: Home, poll_s: float, *, beside: Callable[[], Mapping[str, Any]] = dict
 ) -> None:
-    """``beside``: what to say of the critics."""
+    """``beside``: what else to say."""
     turns = failures = 0
     said_at = 0.0
     facts: Mapping[str, Any] = {}
@@ -105,7 +124,7 @@ def turn_for_ever(
             worked, pause_s = True, min(2.0**failures, _LONGEST_PAUSE_S)
             facts = {"state": "failing", "turns": turns, "failures": failures, "error": str(e)}
         if worked or time.monotonic() - said_at > _HEARTBEAT_S:
-            home.say("loop", {**facts, "critics": judged} if (judged := beside()) else facts)
+            home.say("loop", {**facts, **beside()})
             said_at = time.monotonic()
         time.sleep(pause_s)
 
@@ -130,4 +149,7 @@ def once(config: Config) -> dict[str, Any]:
                 made = report.decision(store, config.name, before)
                 if made["update"] is not None and made["stage"] != "candidate":
                     break
+            if (drift := compose.build_drift(config, store)) is not None:
+                while drift.turn():
+                    pass
             return report.decision(store, config.name, before)

@@ -15,6 +15,7 @@ from gradatim.loop import JUDGED, LEARNED, is_ripe
 from gradatim.reward import AuditedReward
 from gradatim.store import SqlStore
 from gradatim.types import (
+    DRIFT,
     ON_THE_WAY,
     Adapter,
     AdapterId,
@@ -32,6 +33,7 @@ from gradatim.types import (
 R = TypeVar("R", bound=Record)
 Json = dict[str, Any]
 MOST_ADAPTERS = 1000  # in one list
+_MOST_DRIFT = 10  # of what was seen to change, the newest
 _MOST_CASES = 1000  # unjudged episodes that are counted
 
 
@@ -194,6 +196,15 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50, judge: Audite
         "applied_recently": sum(u.applied for u in updates),
         "last_update": update_row(updates[0]) if updates else None,
         "refused_recently": _refusals(updates, _newest(store, Verdict, recent)),
+        "drift": [_drift(v) for _, v in store.newest(Verdict, gate=DRIFT, limit=_MOST_DRIFT)],
+    }
+
+
+def _drift(verdict: Verdict) -> Json:
+    """``what``: changed, world, adapter or unknown."""
+    what = next((kind for kind in ("world", "adapter", "unknown", "changed") if kind in verdict.evidence), "")
+    return {"at": verdict.created_at, "what": what, "live": verdict.adapter_id, "reason": verdict.reason} | {
+        k: bool(verdict.evidence[k]) for k in ("open", "adapt") if k in verdict.evidence
     }
 
 
@@ -264,7 +275,7 @@ def _refusals(updates: Sequence[Update], verdicts: Sequence[Verdict]) -> list[Js
     rows += [
         {"at": v.created_at, "what": v.adapter_id, "by": f"gate {v.gate}", "reason": v.reason}
         for v in verdicts
-        if v.decision in (Decision.FAIL, Decision.REPAIR)
+        if v.decision in (Decision.FAIL, Decision.REPAIR) and v.gate != DRIFT
     ]
     return sorted(rows, key=lambda row: row["at"], reverse=True)
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 import uvloop
-from prometheus_client import Gauge
+from prometheus_client import CollectorRegistry, Gauge
 
 from gradatim.app import compose
 from gradatim.app.administration import Administration
@@ -30,7 +31,9 @@ from gradatim.app.memory import Remembering, build_memory, show_figures
 from gradatim.app.supervisor import DIES_WITH, Supervisor, die_with_parent
 from gradatim.config import Config
 from gradatim.errors import AdapterError, ConfigError, InUseError, StoreError
+from gradatim.release.drift import KINDS
 from gradatim.release.traffic import Traffic, rollback
+from gradatim.release.units import CLASSES
 from gradatim.server import Metrics, build_app
 from gradatim.store import Exclusive, SqlStore
 
@@ -187,7 +190,7 @@ def loop_status(supervisor: Supervisor | None, home: Home) -> Mapping[str, Any]:
     return {
         **watched,
         "does": said["state"],
-        **{k: said[k] for k in ("turns", "failures", "error", "critics") if k in said},
+        **{k: said[k] for k in ("turns", "failures", "error", "critics", "drift") if k in said},
     }
 
 
@@ -204,7 +207,29 @@ def _metrics(traffic: Traffic, supervisor: Supervisor | None, home: Home) -> Met
     }
     for name, (help_text, read) in shown.items():
         Gauge(name, help_text, registry=metrics.registry).set_function(read)
+    _show_drift(home, metrics.registry)
     return metrics
+
+
+def _show_drift(home: Home, registry: CollectorRegistry) -> None:
+    """What the loop process said last of what it sees change, and of the lift of learning."""
+
+    def said(*path: str, default: float) -> Callable[[], float]:
+        def read() -> float:
+            at: Any = home.said("loop").get("drift", {})
+            for name in path:
+                at = at.get(name) or {}
+            return float(at) if isinstance(at, int | float) else default
+
+        return read
+
+    found = Gauge("gradatim_drift", "what was seen to change, by what it is", ["what"], registry=registry)
+    for kind in KINDS:
+        found.labels(kind).set_function(said("changes", kind, default=0.0))
+    lift = Gauge("gradatim_lift", "reward of learned adapters less the base's", ["source", "bound"], registry=registry)
+    for source in CLASSES:
+        for bound in ("lift", "low", "high"):
+            lift.labels(source, bound).set_function(said("lift", source, bound, default=math.nan))
 
 
 def _unknown(home: Home) -> float:

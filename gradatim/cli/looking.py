@@ -45,6 +45,7 @@ def _draw_status(console: Console, value: Json) -> None:
         "server",
         "abstained_because",
         "reward",
+        "drift",
     )
     top = {k: v for k, v in value.items() if k not in apart}
     if latencies := value["feedback_to_live_s"]:
@@ -53,11 +54,22 @@ def _draw_status(console: Console, value: Json) -> None:
     for section in ("records", "reward", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
+    _draw_drift(console, value.get("drift") or {"told": []})
     if last := value["last_update"]:
         console.print(output.facts({**last, "at": output.when(last["at"])}, "last update"))
     if refused := value["refused_recently"]:
         rows = [(output.when(r["at"]), r["what"], r["by"], r["reason"]) for r in refused[:5]]
         console.print(output.table(("when", "what", "by", "because"), rows, "refused"))
+
+
+def _draw_drift(console: Console, drift: Json) -> None:
+    for name, title in (("lift", "lift of learning"), ("lift_of_live", "lift of the live adapter")):
+        if lifts := drift.get(name):
+            shown = {k: f"{v['lift']:+.3f} (95 %: {v['low']:+.2f} to {v['high']:+.2f})" for k, v in lifts.items()}
+            console.print(output.facts(shown, title))
+    if told := drift["told"]:
+        rows = [(output.when(r["at"]), r["what"], r["reason"]) for r in told[:5]]
+        console.print(output.table(("when", "what", "seen"), rows, "drift"))
 
 
 def episodes(

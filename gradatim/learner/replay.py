@@ -11,12 +11,12 @@ from __future__ import annotations
 import heapq
 import random
 from array import array
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence, Set
 
 from gradatim.learner.reservoir import Member, Reservoir
 from gradatim.protocols import Store
-from gradatim.types import Adapter, AdapterId, Example, Move, Record, Stage, StepId, Update, Verdict
+from gradatim.types import Adapter, AdapterId, Example, Move, Record, Stage, StepId, Update, Verdict, is_new_world
 
 CAPACITY = 20_000  # examples in the index, about 10 MB
 RECENT = 4096  # examples that wait for an update, in memory; older ones are read again
@@ -80,6 +80,8 @@ class StoreReplay:
         self._lineage = Lineage()
         self._measured: tuple[str, Mapping[str, float]] = ("", {})  # the candidate judged last, its chances by skill
         self._known: Mapping[str, float] = {}  # the same of the live adapter
+        self._dated: deque[tuple[float, int]] = deque(maxlen=RECENT)  # when the last examples were made, and where
+        self._since = 0  # log position: examples before it are of another world
 
     def draw(self, n: int, *, exclude: Set[str] = frozenset()) -> Sequence[Example]:
         """Up to ``n`` examples, no two of one step, none whose id is in ``exclude``."""
@@ -87,7 +89,9 @@ class StoreReplay:
             return []
         self._catch_up()
         rng = random.Random(f"{self._seed}:{self._read[Update]}")
-        drawn = self._learned.draw(n, lambda m: m.adapter in self._lineage and m.id not in exclude, self._need, rng)
+        drawn = self._learned.draw(
+            n, lambda m: m.adapter in self._lineage and m.id not in exclude, self._need, rng, self._since
+        )
         return [example for member in drawn for _, example in self._store.newest(Example, id=member.id)]
 
     def _need(self, skill: str) -> float:
@@ -101,6 +105,7 @@ class StoreReplay:
             self._read[type(record)] = position
             match record:
                 case Example():
+                    self._dated.append((record.created_at, position))
                     self._note(position, record)
                 case Update():
                     self._trained(position, record)
@@ -154,6 +159,9 @@ class StoreReplay:
         return None
 
     def _judged(self, verdict: Verdict) -> None:
+        if is_new_world(verdict):
+            new = (at for when, at in self._dated if when >= verdict.evidence.get("since", verdict.created_at))
+            self._since = next(new, self._dated[-1][1] + 1 if self._dated else 0)
         chances = {
             k.removesuffix(CHANCE): min(1.0, max(0.0, v)) for k, v in verdict.evidence.items() if k.endswith(CHANCE)
         }

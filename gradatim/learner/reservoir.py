@@ -18,6 +18,7 @@ from gradatim.types import StepId
 
 MOST_STRATA = 256  # later ones share a stratum
 _OTHERS = ("", "")
+_OF_ANOTHER_WORLD = 0.25
 _FEW = 64  # members of a stratum that are all looked at; and draws in a row that found nobody in a larger one
 
 Stratum = tuple[str, str]  # skill, origin
@@ -83,15 +84,21 @@ class Reservoir:
             self._slots[last.id] = (stratum, index)
 
     def draw(
-        self, n: int, eligible: Callable[[Member], bool], need: Callable[[str], float], rng: random.Random
+        self,
+        n: int,
+        eligible: Callable[[Member], bool],
+        need: Callable[[str], float],
+        rng: random.Random,
+        since: int = 0,
     ) -> list[Member]:
         """One of each stratum, in a random order of strata, then more of those whose skill needs more, until there are
-        ``n`` or none is left. ``need``: of a skill, how many turns it gets beside one of need 1."""
+        ``n`` or none is left. ``need``: of a skill, how many turns it gets beside one of need 1. ``since``: members
+        before that position count for less."""
         turns: list[tuple[float, Stratum, Iterator[Member]]] = []  # (when, whose, what comes)
         for stratum, members in self._strata.items():
             if members:
                 first = -(rng.random() ** (1.0 / need(stratum[0])))  # in [-1, 0]: before anybody's second
-                turns.append((first, stratum, _at_random(members, eligible, rng)))
+                turns.append((first, stratum, _at_random(members, eligible, rng, since)))
         heapq.heapify(turns)
         out: list[Member] = []
         while turns and len(out) < n:
@@ -117,13 +124,16 @@ class Reservoir:
         return victim
 
 
-def weight(member: Member, oldest: int, newest: int) -> float:
-    """In [1, 2]: the newest is twice as likely as the oldest."""
+def weight(member: Member, oldest: int, newest: int, since: int = 0) -> float:
+    """In [1, 2]: the newest is twice as likely as the oldest. A quarter of that from before ``since``: what was learned
+    in another world is rehearsed less, and not forgotten, since that world may come back."""
     recency = (member.position - oldest) / (newest - oldest) if newest > oldest else 0.0
-    return 1.0 + min(1.0, max(0.0, recency))
+    return (1.0 if member.position >= since else _OF_ANOTHER_WORLD) * (1.0 + min(1.0, max(0.0, recency)))
 
 
-def _at_random(members: list[Member], eligible: Callable[[Member], bool], rng: random.Random) -> Iterator[Member]:
+def _at_random(
+    members: list[Member], eligible: Callable[[Member], bool], rng: random.Random, since: int
+) -> Iterator[Member]:
     """The eligible ones by weight, each once, without looking at all of a large stratum."""
     sampled = [m.position for m in (members if len(members) <= _FEW else rng.sample(members, _FEW))]
     oldest, newest = min(sampled), max(sampled)
@@ -131,7 +141,7 @@ def _at_random(members: list[Member], eligible: Callable[[Member], bool], rng: r
     unlucky = 0 if len(members) > _FEW else _FEW
     while unlucky < _FEW:
         member = rng.choice(members)
-        lucky = rng.random() * 2.0 < weight(member, oldest, newest)
+        lucky = rng.random() * 2.0 < weight(member, oldest, newest, since)
         if lucky and member.id not in taken and eligible(member):
             unlucky = 0
             taken.add(member.id)
@@ -140,5 +150,5 @@ def _at_random(members: list[Member], eligible: Callable[[Member], bool], rng: r
             unlucky += 1
     left = [m for m in members if m.id not in taken and eligible(m)]
     # Efraimidis and Spirakis 2006: in the order of u^(1/w)
-    keys = {m.id: rng.random() ** (1.0 / weight(m, oldest, newest)) for m in left}
+    keys = {m.id: rng.random() ** (1.0 / weight(m, oldest, newest, since)) for m in left}
     yield from sorted(left, key=lambda m: keys[m.id], reverse=True)

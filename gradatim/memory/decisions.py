@@ -194,8 +194,11 @@ class DecisionMemory:
                     self._recent.clear()  # whose they are is not known; the others' can be made anew
             return {"scope": scope, "value": value, "entries": len(gone), "at": tombstone.created_at}
 
-    def epoch(self, tenant: str | None, *, actor: str, reason: str = "") -> MemoryEpoch:
-        """From now on nothing counts that was remembered before: of one tenant, or of all (None)."""
+    def epoch(
+        self, tenant: str | None, *, actor: str, reason: str = "", cursors: Mapping[str, int] | None = None
+    ) -> MemoryEpoch:
+        """From now on nothing counts that was remembered before: of one tenant, or of all (None). ``cursors`` are set
+        with it."""
         with self._writing:
             made = MemoryEpoch(
                 id=f"e-{uuid.uuid4().hex}",
@@ -205,7 +208,7 @@ class DecisionMemory:
                 actor=actor,
                 reason=reason,
             )
-            self._set_epoch(made)
+            self._set_epoch(made, cursors)
             return made
 
     def undo_epoch(self, tenant: str | None) -> MemoryEpoch | None:
@@ -373,8 +376,8 @@ class DecisionMemory:
             drop += [(MemoryEntry, {"id": entry_id}), (MemoryUse, {"entry_id": entry_id})]
         return drop + [(MemoryKey, {"step_id": step}) for step in self._all.without(gone) if step not in but]
 
-    def _set_epoch(self, epoch: MemoryEpoch) -> None:
-        self._shelf.change(put=[epoch])
+    def _set_epoch(self, epoch: MemoryEpoch, cursors: Mapping[str, int] | None = None) -> None:
+        self._shelf.change(put=[epoch], cursors=cursors)
         with self._lock:
             self._all.epochs[epoch.id] = epoch
             for tenant in list(self._all.sizes) if epoch.tenant is None else [epoch.tenant]:

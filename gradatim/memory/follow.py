@@ -23,9 +23,10 @@ from gradatim.memory.entries import entries_of
 from gradatim.memory.spaces import key_of
 from gradatim.memory.tell import Teller
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
-from gradatim.types import AdapterId, Case, MemoryUse, Step, StepId
+from gradatim.types import DRIFT, AdapterId, Case, MemoryUse, Step, StepId, Verdict, is_new_world
 
 log = logging.getLogger(__name__)
+WORLDS = "memory.worlds"  # cursor: of each new world up to here an epoch was begun
 POLL_S = 0.1
 _LONGEST_PAUSE_S = 10.0
 _CASES = 50  # in one turn
@@ -52,6 +53,7 @@ class Follower:
         self._teller = teller
         self._memory, self._store, self._place = memory, store, place
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
+        self._looked = -1  # position of the newest verdict on the world; before the first look there is none
         self._tried: dict[str, list[bool]] = {}  # space -> probes that found themselves
         self._skipped: set[tuple[StepId, str]] = set()  # that cannot be placed
 
@@ -80,10 +82,21 @@ class Follower:
     # ------------------------------------------------------------------------------------ feedback -> entries
 
     def take(self) -> bool:
+        self._begin_epochs()
         cases = self._store.cases(after=self._store.cursor(CURSOR), limit=_CASES)
         for case in cases:
             self._remember(case)
         return bool(cases)
+
+    def _begin_epochs(self) -> None:
+        """Where the world was found to have changed, what is remembered of the old one counts no more."""
+        if self._looked < 0:
+            self._looked = self._store.cursor(WORLDS)
+        for position, verdict in self._store.read(Verdict, after=self._looked, gate=DRIFT):
+            if is_new_world(verdict):
+                made = self._memory.epoch(None, actor=DRIFT, reason=verdict.reason, cursors={WORLDS: position})
+                log.warning("epoch %d of the memory has begun: %s", made.number, verdict.reason)
+            self._looked = position
 
     def _remember(self, case: Case) -> None:
         reward = self._reward_model.score(case)

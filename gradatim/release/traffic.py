@@ -129,7 +129,7 @@ class Traffic:
                     await self._engine.unload(adapter_id)
 
     def _shared_out(self) -> dict[AdapterId, float]:
-        """The canary's and the holdback's shares as the gates said last; the canary's first."""
+        """The canary's and the holdback's shares as the gates said last, the canary's first; then the frozen base's."""
         shares: dict[AdapterId, float] = {}
         canary = next((a for a in self._answering if self._stages[a] is Stage.CANARY), None)
         if canary is not None and self._release.ramp:
@@ -137,6 +137,9 @@ class Traffic:
         holdback = self._release.holdback_share
         if self._live is not None and self._last_good is not None and holdback > 0.0:
             shares[self._last_good] = share_of(self._store, self._live, "watch", holdback)
+        base = AdapterId(f"{self._name}@0")
+        if self._release.base_share > 0.0 and self._stages.get(base) is Stage.RETIRED:
+            shares[base] = max(shares.get(base, 0.0), self._release.base_share)
         over = sum(shares.values()) / 0.9  # the live adapter keeps a tenth
         return {a: share / over for a, share in shares.items()} if over > 1.0 else shares
 

@@ -7,14 +7,14 @@ than ``source_cap``, so that nobody floods the rest out. Knows nothing of reliab
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from gradatim.config import RewardConfig
 from gradatim.protocols import Store
 from gradatim.reward.abstain import Watch
-from gradatim.reward.evidence import Judged, evidence, label_of
-from gradatim.types import EpisodeId, Feedback, Reward, Step
+from gradatim.reward.evidence import Judged, evidence, is_audited, label_of
+from gradatim.types import DRIFT, EpisodeId, Feedback, Reward, Step, Verdict, is_new_world
 
 MODEL = "P(good)"  # the first word of the reason of a reward that the learned model gave
 LABELLED = 2000  # episodes kept
@@ -32,7 +32,8 @@ class _Entry:
 
 
 class Ledger:
-    """``cursor``: the newest feedback that is in it. ``alarms``: how often the stated risk was found not to be kept."""
+    """``cursor``: the newest feedback that is in it. ``alarms``: how often the stated risk was found not to be kept, or
+    the world to have changed."""
 
     def __init__(self, store: Store, config: RewardConfig) -> None:
         self._store, self._config = store, config
@@ -41,17 +42,35 @@ class Ledger:
         self.cursor = 0
         self.watch = Watch(config.risk)
         self.alarms = 0
+        self._turned = 0  # position of the newest verdict on the world that was looked at
 
     def advance(self, upto: int) -> None:
         """Read on to a position, and not beyond."""
         while self.cursor < upto:
             limit = min(_PAGE, upto - self.cursor)  # no more can stand there
             page = [row for row in self._store.read(Feedback, after=self.cursor, limit=limit) if row[0] <= upto]
+            changes = self._changes(page[-1][0]) if page else deque()
             for position, record in page:
+                while changes and changes[0][0] < position:
+                    self._grow_stale(*changes.popleft())
                 self._take(position, record)
                 self.cursor = position
             if len(page) < limit:
                 return
+
+    def _changes(self, upto: int) -> deque[tuple[int, float]]:
+        """(position, since when) of each new world before a position. What stands behind the newest feedback takes
+        effect with the next."""
+        rows = self._store.read(Verdict, after=self._turned, gate=DRIFT)
+        return deque((at, v.evidence.get("since", v.created_at)) for at, v in rows if at < upto and is_new_world(v))
+
+    def _grow_stale(self, position: int, since: float) -> None:
+        """Labels from before then are of another world."""
+        self._turned = position
+        self.alarms += 1
+        for entry in self._labelled.values():
+            told = [f.created_at for f in entry.feedback.values() if is_audited(f, self._config.audited)]
+            entry.stale = entry.stale or max(told, default=0.0) < since
 
     def _take(self, position: int, record: Feedback) -> None:
         key = record.episode_id

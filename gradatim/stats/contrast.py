@@ -17,7 +17,7 @@ Every array may have leading axes for independent streams; the last one is time.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,15 +30,19 @@ _PRIOR = 4.0  # units with mean 1/2 and variance 1/4 that are thought before the
 
 
 class Contrast:
-    """Log e-process against H0: delta <= bound (``direction`` +1) or H0: delta >= bound (-1), for |bound| <= 0.5.
+    """Log e-process against H0: delta <= bound (``direction`` +1) or H0: delta >= bound (-1), for |bound| <= 0.5: one
+    number, or one for each stream.
 
     Swapping the arms and the sign of the bound swaps the two directions exactly.
     """
 
-    def __init__(self, bound: float = 0.0, direction: int = 1, streams: tuple[int, ...] = ()) -> None:
-        if not -0.5 <= bound <= 0.5 or direction not in (1, -1):
+    STATE: ClassVar = ("_wealth", "_n", "_sum", "_squares")
+
+    def __init__(self, bound: ArrayLike = 0.0, direction: int = 1, streams: tuple[int, ...] = ()) -> None:
+        self._bound: Floats = np.broadcast_to(np.asarray(bound, dtype=np.float64), streams)[..., None]  # (..., 1)
+        if not (np.abs(self._bound) <= 0.5).all() or direction not in (1, -1):
             raise ValueError("a bound lies in [-0.5, 0.5], a direction is 1 or -1")
-        self._bound, self._direction = bound, direction
+        self._direction = direction
         self._wealth: Floats = np.zeros((*streams, len(ALTERNATIVES)))  # log
         self._n: Floats = np.zeros(streams)
         self._sum: Floats = np.zeros(streams)
@@ -58,7 +62,7 @@ class Contrast:
         z = (a / pi - (1.0 - a) / (1.0 - pi)) * (y - mean)
         gain = self._direction * (z - self._bound)
         rare = np.minimum(pi, 1.0 - pi)
-        largest = _MOST / (np.maximum(mean, 1.0 - mean) / rare + abs(self._bound))
+        largest = _MOST / (np.maximum(mean, 1.0 - mean) / rare + np.abs(self._bound))
         unit = pi * (1.0 - pi) / variance  # 1 / Var(Z), by the variance within the arms
         alternatives = np.array(ALTERNATIVES)
         bets = np.minimum(unit[..., None] * alternatives, largest[..., None])  # (..., N, K)
