@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
-    from gradatim.protocols import CreditAssigner, Gate, RewardModel
+    from gradatim.protocols import CreditAssigner, Gate
+    from gradatim.reward import AuditedReward
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -127,7 +128,7 @@ def build_critique(config: Config, store: SqlStore) -> Critique | None:
     return Critique(store, config.critics, sources=config.reward.weights)
 
 
-def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) -> tuple[RewardModel, CreditAssigner]:
+def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) -> tuple[AuditedReward, CreditAssigner]:
     """What turns feedback into reward, and reward into credit: the same for learning and for memory. ``read_only``:
     beside the loop, which moves the cursors."""
     from gradatim.credit import HorizonCredit
@@ -137,7 +138,10 @@ def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) ->
     return reward_model, HorizonCredit(store, config.credit, config.reward)
 
 
-def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
+def build_loop(
+    config: Config, store: SqlStore, base: Base, judges: tuple[AuditedReward, CreditAssigner] | None = None
+) -> Loop:
+    """``judges``: where the caller wants to look at them; else made here."""
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
     from gradatim.learner.replay import StoreReplay
@@ -149,7 +153,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.release.watch import WatchGate
     from gradatim.skills import PromptSkills
 
-    reward_model, credit = build_judges(config, store)
+    reward_model, credit = judges or build_judges(config, store)
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])

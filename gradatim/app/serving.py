@@ -24,6 +24,7 @@ from prometheus_client import Gauge
 
 from gradatim.app import compose
 from gradatim.app.administration import Administration
+from gradatim.app.figures import show_reward
 from gradatim.app.home import Home
 from gradatim.app.learning import handover
 from gradatim.app.memory import Remembering, build_memory, show_figures
@@ -133,6 +134,7 @@ async def _answer(
     )
     metrics = _metrics(traffic, supervisor, home)
     show_figures(remembering, metrics.registry)
+    show_reward(home, metrics.registry)
     app = build_app(
         engine=engine,
         store=store,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +50,10 @@ def _draw_status(console: Console, value: Json) -> None:
     if latencies := value["feedback_to_live_s"]:
         top["feedback to live"] = f"{sorted(latencies)[len(latencies) // 2]:.1f} s (median of {len(latencies)})"
     console.print(output.facts(top))
-    for section in ("records", "reward", "loop", "server"):
+    if reward := value.get("reward"):
+        console.print(output.facts({k: v for k, v in reward.items() if k not in ("sources", "families")}, "reward"))
+        console.print(_reliabilities(reward.get("sources", ())))
+    for section in ("records", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
     if last := value["last_update"]:
@@ -58,6 +61,12 @@ def _draw_status(console: Console, value: Json) -> None:
     if refused := value["refused_recently"]:
         rows = [(output.when(r["at"]), r["what"], r["by"], r["reason"]) for r in refused[:5]]
         console.print(output.table(("when", "what", "by", "because"), rows, "refused"))
+
+
+def _reliabilities(rows: Sequence[Json]) -> Any:
+    """How often each source is right, as far as audited labels and agreement tell."""
+    keys = ("source", "opinions", "audited", "right", "independence")
+    return output.table(keys, [[row[key] for key in keys] for row in rows], "sources") if rows else ""
 
 
 def episodes(

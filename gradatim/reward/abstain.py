@@ -13,6 +13,7 @@ from gradatim.stats.learn_then_test import log_evidence
 from gradatim.types import Episode
 
 FAULT_VALUE = -0.25  # of an episode that nobody can judge because of how the agent answered
+FAULT = "unjudgeable by its own doing"  # so begins the reason of its reward
 _ALARM = math.log(20.0)  # evidence against the stated risk: a false alarm has a chance of 1 in 20, ever
 
 

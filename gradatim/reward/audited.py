@@ -11,12 +11,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from gradatim.config import RewardConfig
 from gradatim.protocols import Store
-from gradatim.reward.abstain import FAULT_VALUE, fault
+from gradatim.reward.abstain import FAULT, FAULT_VALUE, fault
 from gradatim.reward.calibrate import Calibrated, calibrate, is_enough
 from gradatim.reward.evidence import Judged, evidence
+from gradatim.reward.figures import Reliability, by_family, by_source, realised, reliabilities
 from gradatim.reward.ledger import MODEL, Ledger
 from gradatim.reward.weighted import WeightedReward
 from gradatim.types import Case, Reward
@@ -35,6 +37,7 @@ class _Fit:
     labels: int
     episodes: int
     alarms: int
+    sources: tuple[Reliability, ...]
 
 
 class AuditedReward:
@@ -91,7 +94,7 @@ class AuditedReward:
     def _unjudged(self, case: Case, why: str) -> tuple[float | None, float, str]:
         """An abstention, unless the agent made it one."""
         if blame := fault(case.episode):
-            return FAULT_VALUE, 0.0, f"unjudgeable by its own doing: {blame}"
+            return FAULT_VALUE, 0.0, f"{FAULT}: {blame}"
         return None, 0.0, f"abstained: {why}"
 
     # ------------------------------------------------------------------------------------------ fitting
@@ -138,35 +141,53 @@ class AuditedReward:
         return ledger.labels >= more or ledger.episodes >= max(fit.episodes + 50, fit.episodes * _MORE_EPISODES)
 
     def _refit(self) -> None:
-        model = calibrate(self._ledger.rows(), self._config, stale=self._ledger.stale())
+        rows = self._ledger.rows()
+        model = calibrate(rows, self._config, stale=self._ledger.stale())
         if self._fit is not None and self._ledger.alarms != self._fit.alarms:
             log.warning("rewards no longer kept the stated risk of %.0f %%: refitted", 100 * self._config.risk)
-        self._fit = _Fit(model, self._ledger.labels, self._ledger.episodes, self._ledger.alarms)
+        sources = tuple(reliabilities(model.combiner, rows))
+        self._fit = _Fit(model, self._ledger.labels, self._ledger.episodes, self._ledger.alarms, sources)
 
     # ------------------------------------------------------------------------------------------ looking
 
-    def describe(self) -> dict[str, float | int | str | None]:
-        """How it judges, in plain values, for whoever looks at it."""
-        fit, config = self.model, self._config
-        rule = "calibrated" if self.is_calibrated else "weighted"
-        told: dict[str, float | int | str | None] = {
-            "rule": rule,
+    def describe(self) -> dict[str, Any]:
+        """How it judges, in plain values, for whoever looks at it. ``window_...``: of the newest audited labels, what
+        had been said before they came; the others are of the held-out labels that the model was made with."""
+        fit, config = self._fit, self._config
+        told: dict[str, Any] = {
+            "rule": "calibrated" if self.is_calibrated else "weighted",
+            "why": self._why(),
+            "position": self._ledger.cursor,
             "audited_labels": self._ledger.labels,
             "labels_wanted": config.min_labels,
             "risk": config.risk,
             "confidence": config.confidence,
             "risk_alarms": self._ledger.alarms,
+            **realised(self._ledger.audits),
         }
         if fit is None:
             return told
-        held = fit.threshold
+        held = fit.model.threshold
         return told | {
             "held_out_labels": held.labels,
             "acts_from": held.value,
-            "coverage": fit.coverage,
-            "ece": fit.ece,
+            "coverage": fit.model.coverage,
+            "ece": fit.model.ece,
             "selective_risk": held.errors / held.kept if held.kept else None,
+            "families": by_family(fit.sources),
+            "sources": by_source(fit.sources),
         }
+
+    def _why(self) -> str:
+        """Why this rule speaks, and not the other."""
+        labels, wanted = self._ledger.labels, self._config.min_labels
+        if self._config.model != "auto":
+            return f'reward.model = "{self._config.model}"'
+        if self._fit is not None:
+            return f"fitted to {self._fit.labels} audited labels"
+        if labels < wanted:
+            return f"{labels} audited labels of the {wanted} that calibration takes"
+        return f"of {labels} audited labels too few are on episodes that others judged too, or are of one kind"
 
     @property
     def model(self) -> Calibrated | None:
