@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from gradatim.app.home import Home
 from gradatim.config import Config, RewardConfig
 from gradatim.protocols import Store
 from gradatim.reward import FITTED, AuditedReward, WeightedReward, aggregate, queue
-from gradatim.reward.abstain import FAULT_VALUE, fault
+from gradatim.reward.abstain import FAULT, FAULT_VALUE, fault
 from gradatim.reward.calibrate import calibrate, is_held_out
 from gradatim.reward.evidence import Judged, Opinion, evidence, label_of
 from gradatim.reward.ledger import Ledger
@@ -345,6 +345,19 @@ def test_an_abstention_is_never_worth_anything(text: str, finish: str, opinions:
     assert reward.value != 0.0 or not opinions
 
 
+@pytest.mark.parametrize("model", ["auto", "calibrated"])
+def test_what_its_own_doing_made_unjudgeable_is_worth_what_a_failure_is(
+    store: Store, model: Literal["auto", "calibrated"]
+) -> None:
+    judge = AuditedReward(store, replace(CONFIG, model=model))
+    unknown = feedback("outcome", value=None, source="critic:tests")
+    dodged = case_of(unknown, steps=(step(text="Could you say that again?"),))
+    assert judge.score(dodged).value == FAULT_VALUE == -1.0
+    assert judge.score(dodged).reason.startswith(FAULT)
+    assert judge.score(case_of(unknown, steps=(step(text="It is done."),))).value is None
+    assert judge.score(replace(dodged, feedback=())).value is None  # retracted: nothing is said of it any more
+
+
 def test_what_is_the_agents_fault() -> None:
     def of(*steps: dict[str, Any]) -> str:
         return fault(Episode(id=EpisodeId("e"), steps=tuple(step(f"s{i}", **s) for i, s in enumerate(steps))))
@@ -355,6 +368,12 @@ def test_what_is_the_agents_fault() -> None:
     assert of({"finish_reason": "aborted", "text": ""}) == ""
     assert "three times" in of({}, {}, {})
     assert of({}, {}, {"completion_ids": (1,)}) == ""
+    assert "cannot be read" in of({"text": "<tool_call>{name: oops</tool_call>"})
+    assert "cannot be read" in of({"text": "ok <tool_call>{"})
+    assert of({"text": '<tool_call>{"name": "look", "arguments": {}}</tool_call>'}) == ""
+    assert "asked back" in of({"text": "Could you tell me more about it?"})
+    assert of({"text": "It is the blue one. Can I help you with anything else?"}) == ""
+    assert of({"text": "Which one?"}, {}) == ""  # it was answered
     assert fault(Episode(id=EpisodeId("e"), steps=())) == ""
 
 

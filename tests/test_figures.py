@@ -80,6 +80,7 @@ def test_status_and_metrics_show_what_the_judging_process_said(
     assert f"gradatim_reward_ece {shown['ece']}" in text
     assert 'gradatim_reward_source_reliability{family="judge"}' in text
     assert "judge:j" not in text
+    assert 'gradatim_reward_faults{behaviour="its last answer is empty"} 0.33' in text
     assert "window_ece " not in text  # no label came after a reward
 
 

@@ -6,7 +6,7 @@ was ever judged there are none.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -38,11 +38,13 @@ class Sayer:
             self._seen = page[-1][0]
         self._home.say("reward", {**self._model.describe(), **self._rates()})
 
-    def _rates(self) -> dict[str, float | int | None]:
+    def _rates(self) -> Json:
         n = len(self._rewards)
         abstained = sum(r.value is None for r in self._rewards)
         faults = sum(r.reason.startswith(FAULT) for r in self._rewards)
+        why = Counter(r.reason.removeprefix(f"{FAULT}: ") for r in self._rewards if r.reason.startswith(FAULT))
         return {
+            "faults": {reason: count / n for reason, count in sorted(why.items())},
             "window_rewards": n,
             "abstain_rate": abstained / n if n else None,
             "fault_rate": faults / n if n else None,
@@ -89,6 +91,10 @@ class _RewardFigures(Collector):
             if facts.get(name) is not None:
                 yield GaugeMetricFamily(f"gradatim_reward_{name}", about, value=float(facts[name]))
         yield from _families(facts.get("families", {}))
+        faults = GaugeMetricFamily("gradatim_reward_faults", "those by what the agent did", labels=["behaviour"])
+        for behaviour, share in facts.get("faults", {}).items():
+            faults.add_metric([behaviour], share)
+        yield faults
 
     def describe(self) -> Iterator[Metric]:
         return iter(())

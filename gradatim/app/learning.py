@@ -57,7 +57,7 @@ def follow(config: Config) -> None:
         home.say("loop", {"state": "starting"})
         base = compose.build_base(config)
         with compose.build_store(config) as store, store.exclusive("loop", wait_s=10.0):
-            judges = compose.build_judges(config, store)
+            judges = compose.build_judges(config, store, base)
             judges[0].follow(store.cursor(JUDGED))
             say_figures = Sayer(store, home, judges[0])
             say_figures()
@@ -130,7 +130,7 @@ def once(config: Config) -> dict[str, Any]:
         with compose.build_store(config) as store, store.exclusive("loop"):
             compose.register_base(store, config, base.sha256)
             before = store.end()
-            judges = compose.build_judges(config, store)
+            judges = compose.build_judges(config, store, base)
             loop = compose.build_loop(config, store, base, judges)
             if (critique := compose.build_critique(config, store)) is not None:
                 with contextlib.closing(critique):

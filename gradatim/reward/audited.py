@@ -19,6 +19,7 @@ from gradatim.reward.abstain import FAULT, FAULT_VALUE, fault
 from gradatim.reward.calibrate import Calibrated, calibrate, is_enough
 from gradatim.reward.evidence import Judged, evidence
 from gradatim.reward.figures import Reliability, by_family, by_source, realised, reliabilities
+from gradatim.reward.hidden import SOURCE, Hidden
 from gradatim.reward.ledger import MODEL, Ledger
 from gradatim.reward.weighted import WeightedReward
 from gradatim.types import Case, Reward
@@ -51,18 +52,24 @@ class AuditedReward:
         *,
         clock: Callable[[], float] = time.time,
         read_only: bool = False,
+        hidden: Hidden | None = None,
     ) -> None:
         self._store, self._config, self._clock, self._read_only = store, config, clock, read_only
         self._weighted = WeightedReward(config, clock=clock)
         self._ledger = Ledger(store, config)
+        self._hidden = hidden
         self._fit: _Fit | None = None
         self._fitted_at = 0
 
     # ------------------------------------------------------------------------------------------ judging
 
     def score(self, case: Case) -> Reward:
+        if self._hidden is not None and self._learns:
+            self._hidden.note(case)
         self.follow(case.position)
         row = evidence(case.episode.id, case.episode.steps, case.feedback, self._config.audited)
+        if self._hidden is not None:
+            row = self._hidden.heard([row])[0]
         value, sure, reason = self._judge(case, row)
         return Reward(
             episode_id=case.episode.id,
@@ -78,7 +85,10 @@ class AuditedReward:
         if row.label is not None:
             return 2.0 * row.label - 1.0, _AUDITED_SURE, f"audited: {'good' if row.label else 'bad'}"
         weighted = self._weighted.score(case)
-        if not row.opinions or not self.is_calibrated:
+        alone = all(o.rater == SOURCE for o in row.opinions)  # nobody gave an opinion on it
+        if not row.opinions or not self.is_calibrated or (alone and weighted.value is not None):
+            if weighted.value is None and case.feedback:
+                return self._unjudged(case, weighted.reason)
             return weighted.value, weighted.confidence, weighted.reason
         if self._fit is None or self._fit.model.threshold.value is None:
             return self._unjudged(case, f"too few audited labels ({self._ledger.labels}) to keep the risk")
@@ -95,7 +105,7 @@ class AuditedReward:
         """An abstention, unless the agent made it one."""
         if blame := fault(case.episode):
             return FAULT_VALUE, 0.0, f"{FAULT}: {blame}"
-        return None, 0.0, f"abstained: {why}"
+        return None, 0.0, why if why.startswith("abstained") else f"abstained: {why}"
 
     # ------------------------------------------------------------------------------------------ fitting
 
@@ -106,9 +116,13 @@ class AuditedReward:
             return self._fit is not None
         return self._config.model == "calibrated"
 
+    @property
+    def _learns(self) -> bool:
+        return self._config.model != "weighted" and bool(self._config.audited)
+
     def follow(self, position: int) -> None:
         """Take in the records up to a position; fit to them where there is enough that is new."""
-        if self._config.model == "weighted" or not self._config.audited:
+        if not self._learns:
             return
         self._take_up()
         self._ledger.advance(position)
@@ -141,7 +155,10 @@ class AuditedReward:
         return ledger.labels >= more or ledger.episodes >= max(fit.episodes + 50, fit.episodes * _MORE_EPISODES)
 
     def _refit(self) -> None:
-        rows = self._ledger.rows()
+        rows, cursor = self._ledger.rows(), self._ledger.cursor
+        if self._hidden is not None:
+            self._hidden.fit(rows, cursor)
+            rows = self._hidden.heard(rows, cursor)
         model = calibrate(rows, self._config, stale=self._ledger.stale())
         if self._fit is not None and self._ledger.alarms != self._fit.alarms:
             log.warning("rewards no longer kept the stated risk of %.0f %%: refitted", 100 * self._config.risk)
@@ -165,6 +182,8 @@ class AuditedReward:
             "risk_alarms": self._ledger.alarms,
             **realised(self._ledger.audits),
         }
+        if self._hidden is not None:
+            told |= {"hidden_speaks": self._hidden.speaks, "hidden_refused": self._hidden.refused}
         if fit is None:
             return told
         held = fit.model.threshold
@@ -192,6 +211,11 @@ class AuditedReward:
     @property
     def model(self) -> Calibrated | None:
         return self._fit.model if self._fit else None
+
+    def rows(self) -> list[Judged]:
+        """What it knows of the newest episodes, with all that speaks of them."""
+        rows = self._ledger.rows()
+        return rows if self._hidden is None else self._hidden.heard(rows)
 
     @property
     def ledger(self) -> Ledger:
