@@ -60,6 +60,7 @@ class RewardConfig:
     risk: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # share of the calibrated model's rewards that may be wrong,
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # and how sure of that it must be
     source_cap: int = 200  # opinions of one rater, the newest, that reliabilities are learned from
+    hidden: bool = False  # the model's own states over an answer are one more source; a pass over each judged answer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

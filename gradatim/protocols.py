@@ -183,6 +183,18 @@ class RewardModel(Protocol):
     def score(self, case: Case) -> Reward: ...
 
 
+class Encoder(Protocol):
+    """What the served model's own states say of an episode."""
+
+    @property
+    def space(self) -> str:
+        """What the vectors depend on; those of two spaces cannot be compared."""
+
+    def encode(self, step: Step) -> NDArray[np.float32] | None:
+        """(D,) of an answer, at the cost of a pass over it and what came before; None where there is none. It may hold
+        numbers that are not finite, which the caller refuses."""
+
+
 class CreditAssigner(Protocol):
     """Shares an episode's reward out over its steps."""
 

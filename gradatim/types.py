@@ -441,5 +441,16 @@ class Tombstone:
     reason: str = ""
 
 
-Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone
-KEPT: Sequence[type[Kept]] = (MemoryEntry, MemoryKey, MemorySpace, MemoryUse, MemoryEpoch, Tombstone)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sketch:
+    """The model's own states over an answer, as one vector. Derived: it can be made anew of the step's tokens."""
+
+    step_id: StepId  # the last step of its episode
+    space: str  # what the vector depends on; those of two spaces cannot be compared
+    episode_id: EpisodeId
+    vector: bytes  # (D,) float16, little-endian
+    position: int  # of the feedback for which it was made first
+
+
+Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone | Sketch
+KEPT: Sequence[type[Kept]] = (MemoryEntry, MemoryKey, MemorySpace, MemoryUse, MemoryEpoch, Tombstone, Sketch)

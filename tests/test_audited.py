@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from gradatim.app.home import Home
 from gradatim.config import Config, RewardConfig
 from gradatim.protocols import Store
 from gradatim.reward import FITTED, AuditedReward, WeightedReward, aggregate, queue
-from gradatim.reward.abstain import FAULT_VALUE, fault
+from gradatim.reward.abstain import FAULT, FAULT_VALUE, fault
 from gradatim.reward.calibrate import calibrate, is_held_out
 from gradatim.reward.evidence import Judged, Opinion, evidence, label_of
 from gradatim.reward.ledger import Ledger
@@ -345,6 +345,19 @@ def test_an_abstention_is_never_worth_anything(text: str, finish: str, opinions:
     assert reward.value != 0.0 or not opinions
 
 
+@pytest.mark.parametrize("model", ["auto", "calibrated"])
+def test_what_its_own_doing_made_unjudgeable_is_worth_what_a_failure_is(
+    store: Store, model: Literal["auto", "calibrated"]
+) -> None:
+    judge = AuditedReward(store, replace(CONFIG, model=model))
+    unknown = feedback("outcome", value=None, source="critic:tests")
+    dodged = case_of(unknown, steps=(step(text="Could you say that again?"),))
+    assert judge.score(dodged).value == FAULT_VALUE == -1.0
+    assert judge.score(dodged).reason.startswith(FAULT)
+    assert judge.score(case_of(unknown, steps=(step(text="It is done."),))).value is None
+    assert judge.score(replace(dodged, feedback=())).value is None  # retracted: nothing is said of it any more
+
+
 def test_what_is_the_agents_fault() -> None:
     def of(*steps: dict[str, Any]) -> str:
         return fault(Episode(id=EpisodeId("e"), steps=tuple(step(f"s{i}", **s) for i, s in enumerate(steps))))
@@ -355,6 +368,12 @@ def test_what_is_the_agents_fault() -> None:
     assert of({"finish_reason": "aborted", "text": ""}) == ""
     assert "three times" in of({}, {}, {})
     assert of({}, {}, {"completion_ids": (1,)}) == ""
+    assert "cannot be read" in of({"text": "<tool_call>{name: oops</tool_call>"})
+    assert "cannot be read" in of({"text": "ok <tool_call>{"})
+    assert of({"text": '<tool_call>{"name": "look", "arguments": {}}</tool_call>'}) == ""
+    assert "asked back" in of({"text": "Could you tell me more about it?"})
+    assert of({"text": "It is the blue one. Can I help you with anything else?"}) == ""
+    assert of({"text": "Which one?"}, {}) == ""  # it was answered
     assert fault(Episode(id=EpisodeId("e"), steps=())) == ""
 
 
@@ -425,3 +444,46 @@ def test_what_status_shows(store: Store) -> None:
     assert isinstance(told["held_out_labels"], int) and 30 < told["held_out_labels"] < 90
     assert isinstance(told["coverage"], float) and told["coverage"] > 0.3
     assert isinstance(told["selective_risk"], float) and told["selective_risk"] <= CONFIG.risk
+
+
+def test_realised_figures_are_of_what_was_said_before_the_labels_came(store: Store) -> None:
+    def judged(name: str, value: float | None) -> Reward:
+        return Reward(episode_id=EpisodeId(name), created_at=1.0, value=value, confidence=0.9, reason="mean")
+
+    told: list[tuple[str, float | None, float]] = [("a", 0.8, 1.0), ("b", 0.6, -1.0), ("c", None, 1.0)]
+    for name, value, truth in told:
+        store.append(step(f"s-{name}", name), judged(name, value), said(name, "human:audit-kim", truth, "outcome"))
+        store.append(judged(name, truth))  # afterwards it is the label, which says nothing of how good it was before
+    store.append(step("s-d", "d"), said("d", "human:audit-kim", 1.0, "outcome"))  # never judged before
+    model = AuditedReward(store, CONFIG)
+    model.follow(10_000)
+    seen = model.describe()
+    assert seen["window_labels"] == 3
+    assert seen["window_coverage"] == pytest.approx(2 / 3)
+    assert seen["window_selective_risk"] == pytest.approx(1 / 2)
+    assert seen["window_ece"] == pytest.approx((0.1 + 0.8) / 2)
+
+
+def test_reliabilities_are_near_the_truth_and_take_users_together(store: Store) -> None:
+    fill(store, 400, audited=300)
+    model = AuditedReward(store, CONFIG)
+    model.follow(10_000)
+    found = {row["source"]: row for row in model.describe()["sources"]}
+    assert set(found) == {"implicit:click", "judge:j"}
+    assert found["implicit:click"]["right"] == pytest.approx(0.6, abs=0.08)
+    assert found["judge:j"]["right"] == pytest.approx(0.99, abs=0.03)
+    assert found["implicit:click"]["opinions"] == 400
+    assert found["implicit:click"]["audited"] == 300
+    assert model.describe()["families"]["judge"]["right"] == pytest.approx(found["judge:j"]["right"])
+
+
+def test_it_says_why_a_rule_speaks(store: Store) -> None:
+    fill(store, 40, audited=20)
+    model = AuditedReward(store, CONFIG)
+    model.follow(10_000)
+    assert model.describe()["why"] == "20 audited labels of the 60 that calibration takes"
+    fill(store, 200, audited=180, first=100)
+    model.follow(10_000)
+    assert model.describe()["why"] == "fitted to 200 audited labels"
+    fixed = AuditedReward(store, replace(CONFIG, model="weighted"))
+    assert fixed.describe()["why"] == 'reward.model = "weighted"'

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from gradatim.app import report
+from gradatim.app.figures import Sayer
+from gradatim.app.home import Home
 from gradatim.config import Config, CreditConfig, GateConfig, LearnerConfig, RewardConfig
 from gradatim.credit import HorizonCredit
 from gradatim.examples import ExampleBuilder
@@ -70,12 +72,12 @@ class Letters:
         return ()
 
 
-def loop_on(store: SqlStore) -> Loop:
+def loop_on(store: SqlStore, judge: AuditedReward) -> Loop:
     gate, scorer = GateConfig(max_cases=8), Scorer()
     return Loop(
         name="agent",
         store=store,
-        reward_model=AuditedReward(store, RewardConfig()),
+        reward_model=judge,
         credit=HorizonCredit(store, CreditConfig(), RewardConfig()),
         examples=ExampleBuilder(store, Letters(), skills=PromptSkills(store, 2)),
         replay=StoreReplay(store, "agent", seed=0),
@@ -100,8 +102,9 @@ def test_a_turn_reads_no_more_records_after_many_updates_than_after_a_few(
     read.append(Counter())
     with open_store(tmp_path / "s.db") as store:
         store.append(adapter(0))
-        loop, traffic, config = loop_on(store), Traffic(store, FakeEngine(), Config()), Config()
-        judge = AuditedReward(store, config.reward, read_only=True)
+        judge = AuditedReward(store, RewardConfig())
+        loop, traffic, config = loop_on(store, judge), Traffic(store, FakeEngine(), Config()), Config(data_dir=tmp_path)
+        say_figures = Sayer(store, Home(tmp_path), judge)
         for k in range(ROUNDS):
             for e in range(EPISODES):
                 name = f"{k}-{e}"
@@ -113,7 +116,8 @@ def test_a_turn_reads_no_more_records_after_many_updates_than_after_a_few(
             while loop.turn(flush=True):
                 pass
             asyncio.run(traffic.refresh())
-            report.learning(store, config, recent=5, judge=judge)
+            say_figures()
+            assert report.learning(store, config, recent=5)["reward"] is not None
             report.live_id(store, "agent")
             report.adapter(store, "agent", AdapterId("agent@1"))
         assert len(store.stages("agent")) > ROUNDS

@@ -8,14 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from threading import Lock
 from typing import Any
 
 from gradatim.app import report
 from gradatim.config import Config
 from gradatim.errors import GradatimError
 from gradatim.release.traffic import approve, promote, reject, rollback
-from gradatim.reward import AuditedReward
 from gradatim.store import SqlStore
 from gradatim.types import AdapterId, Move, Stage
 
@@ -30,8 +28,6 @@ class Administration:
     ) -> None:
         self._config, self._store, self._loop, self._turn_to = config, store, loop, turn_to
         self._latencies = report.Latencies(store)
-        self._judge = AuditedReward(store, config.reward, read_only=True)
-        self._judging = Lock()
 
     def adapters(self) -> Sequence[Mapping[str, Any]]:
         self._follow()
@@ -47,8 +43,7 @@ class Administration:
 
     def status(self) -> Mapping[str, Any]:
         self._follow()
-        with self._judging:  # it keeps what it read; requests come in threads
-            told = report.learning(self._store, self._config, judge=self._judge)
+        told = report.learning(self._store, self._config)
         loop = dict(self._loop())
         return {
             "name": self._config.name,

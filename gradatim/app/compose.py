@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
-    from gradatim.protocols import CreditAssigner, Gate, RewardModel
+    from gradatim.protocols import CreditAssigner, Gate
     from gradatim.release.drift import Drift
+    from gradatim.reward import AuditedReward, Hidden
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -138,13 +139,15 @@ def build_critique(config: Config, store: SqlStore) -> Critique | None:
     return Critique(store, config.critics, sources=config.reward.weights)
 
 
-def build_judges(config: Config, store: SqlStore, *, read_only: bool = False) -> tuple[RewardModel, CreditAssigner]:
+def build_judges(
+    config: Config, store: SqlStore, base: Base | None = None, *, read_only: bool = False
+) -> tuple[AuditedReward, CreditAssigner]:
     """What turns feedback into reward, and reward into credit: the same for learning and for memory. ``read_only``:
-    beside the loop, which moves the cursors."""
+    beside the loop, which moves the cursors. ``base``: whose states over answers are read, in the loop alone."""
     from gradatim.credit import HorizonCredit
     from gradatim.reward import AuditedReward
 
-    reward_model = AuditedReward(store, config.reward, read_only=read_only)
+    reward_model = AuditedReward(store, config.reward, read_only=read_only, hidden=_hidden(config, store, base))
     return reward_model, HorizonCredit(store, config.credit, config.reward)
 
 
@@ -157,7 +160,24 @@ def build_drift(config: Config, store: SqlStore) -> Drift | None:
     return Drift(store, config, Path(config.data_dir))
 
 
-def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
+def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None:
+    """None where it is not wanted."""
+    from gradatim.reward import Hidden
+    from gradatim.store import SqlShelf
+
+    if not config.reward.hidden:
+        return None
+    if base is None:
+        return Hidden(SqlShelf(store.engines), None)
+    from gradatim.learner.encoder import StateEncoder
+
+    return Hidden(SqlShelf(store.engines), StateEncoder(base))
+
+
+def build_loop(
+    config: Config, store: SqlStore, base: Base, judges: tuple[AuditedReward, CreditAssigner] | None = None
+) -> Loop:
+    """``judges``: where the caller wants to look at them; else made here."""
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
     from gradatim.learner.replay import StoreReplay
@@ -169,7 +189,7 @@ def build_loop(config: Config, store: SqlStore, base: Base) -> Loop:
     from gradatim.release.watch import WatchGate
     from gradatim.skills import PromptSkills
 
-    reward_model, credit = build_judges(config, store)
+    reward_model, credit = judges or build_judges(config, store, base)
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])

@@ -167,6 +167,7 @@ def _reward(reward: Mapping[str, Any] | None) -> Iterator[Finding]:
             detail = "the weighted rule judges: no outcome came from a source that reward.audited names"
             yield Finding("calibration", "info", detail, "name the sources that see the truth; " + more)
         return
+    yield from _realised(reward)
     stated = f"{100 * reward['risk']:.0f} % at {100 * reward['confidence']:.0f} % confidence"
     if reward.get("acts_from") is None:
         held = reward.get("held_out_labels", 0)
@@ -177,6 +178,16 @@ def _reward(reward: Mapping[str, Any] | None) -> Iterator[Finding]:
         return
     detail = f"a risk of {stated}, on {labels} audited labels; {100 * reward['coverage']:.0f} % of open episodes judged"
     yield Finding("calibration", "good", detail)
+
+
+def _realised(reward: Mapping[str, Any]) -> Iterator[Finding]:
+    """Where the newest audited labels say otherwise than the stated risk."""
+    wrong, risk = reward.get("window_selective_risk"), reward["risk"]
+    judged = round((reward.get("window_coverage") or 0.0) * reward.get("window_labels", 0))
+    if wrong is None or wrong <= risk or judged < 20:
+        return
+    detail = f"{100 * wrong:.0f} % of the newest {judged} rewards that were audited later had the wrong sign"
+    yield Finding("realised risk", "info", f"{detail}; {100 * risk:.0f} % is the stated risk", "audit more episodes")
 
 
 def _examples(config: Config, learning: Mapping[str, Any]) -> Finding:

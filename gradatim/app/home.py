@@ -3,7 +3,7 @@
     gradatim.db      the store                     server.lock   held by the server, with its pid
     adapters/        weights, immutable            loop.lock     held by whoever learns
     server.json      where the server listens      loop.json     what the loop did last
-    loop.log         the loop process's log
+    loop.log         the loop process's log        reward.json   how the reward does
 
 This module knows no database and no model. A lock is the kernel's (flock): it goes with its process, however that dies.
 """
@@ -23,6 +23,7 @@ from typing import Any, Literal
 from gradatim.errors import ConfigError, InUseError
 
 Role = Literal["server", "loop"]
+Topic = Literal["server", "loop", "reward"]
 _OUT: Mapping[Role, str] = {
     "server": "stop that one first (kill {pid}), or give this one its own --data-dir",
     "loop": "that one learns by itself: follow it with `gradatim status`, or stop its server first",
@@ -99,17 +100,17 @@ class Home:
             os.close(fd)
         return None
 
-    def say(self, role: Role, facts: Mapping[str, Any]) -> None:
-        """Write what a role wants known (``server.json``, ``loop.json``), all or nothing."""
-        target = self.path / f"{role}.json"
+    def say(self, topic: Topic, facts: Mapping[str, Any]) -> None:
+        """Write what is to be known (``server.json``, ``loop.json``, ``reward.json``), all or nothing."""
+        target = self.path / f"{topic}.json"
         part = target.with_suffix(".json.part")
         part.write_text(json.dumps({"pid": os.getpid(), "at": time.time(), **facts}))
         part.replace(target)
 
-    def said(self, role: Role) -> dict[str, Any]:
-        """What that role wrote last; empty where it never did."""
+    def said(self, topic: Topic) -> dict[str, Any]:
+        """What was written of it last; empty where nothing was."""
         try:
-            facts = json.loads((self.path / f"{role}.json").read_text())
+            facts = json.loads((self.path / f"{topic}.json").read_text())
         except (OSError, ValueError):
             return {}
         return facts if isinstance(facts, dict) else {}

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from gradatim import config as configuration
 from gradatim.app import compose, report
+from gradatim.app.figures import Sayer
 from gradatim.app.home import Home
 from gradatim.app.states import OptimiserStates
 from gradatim.app.supervisor import die_with_parent, step_back
 from gradatim.config import Config
 from gradatim.errors import GradatimError, StoreError
+from gradatim.loop import JUDGED
 
 if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
@@ -56,7 +58,12 @@ def follow(config: Config) -> None:
         home.say("loop", {"state": "starting"})
         base = compose.build_base(config)
         with compose.build_store(config) as store, store.exclusive("loop", wait_s=10.0):
-            turn = tidily(compose.build_loop(config, store, base).turn, OptimiserStates(store, config))
+            judges = compose.build_judges(config, store, base)
+            judges[0].follow(store.cursor(JUDGED))
+            say_figures = Sayer(store, home, judges[0])
+            say_figures()
+            loop = compose.build_loop(config, store, base, judges)
+            turn = tidily(loop.turn, OptimiserStates(store, config), say_figures)
             critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
             if drift is not None:
                 turn = together(turn, drift.turn)
@@ -84,13 +91,14 @@ def judge_for_ever(critique: Critique, poll_s: float) -> None:
         time.sleep(pause_s)
 
 
-def tidily(turn: Callable[[], bool], tidy: Callable[[], object]) -> Callable[[], bool]:
+def tidily(turn: Callable[[], bool], *tidy: Callable[[], object]) -> Callable[[], bool]:
     """The same turn, and, where it changed anything, what is to be done after it."""
 
     def turned() -> bool:
         worked = turn()
         if worked:
-            tidy()
+            for step in tidy:
+                step()
         return worked
 
     return turned
@@ -141,7 +149,8 @@ def once(config: Config) -> dict[str, Any]:
         with compose.build_store(config) as store, store.exclusive("loop"):
             compose.register_base(store, config, base.sha256)
             before = store.end()
-            loop = compose.build_loop(config, store, base)
+            judges = compose.build_judges(config, store, base)
+            loop = compose.build_loop(config, store, base, judges)
             if (critique := compose.build_critique(config, store)) is not None:
                 with contextlib.closing(critique):
                     critique.turn(flush=True)
@@ -152,4 +161,5 @@ def once(config: Config) -> dict[str, Any]:
             if (drift := compose.build_drift(config, store)) is not None:
                 while drift.turn():
                     pass
+            Sayer(store, home, judges[0])()
             return report.decision(store, config.name, before)

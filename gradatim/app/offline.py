@@ -21,7 +21,7 @@ from gradatim.app.home import Home
 from gradatim.app.memory import open_kept
 from gradatim.config import Config
 from gradatim.errors import ConfigError, InUseError, UnknownAdapterError
-from gradatim.reward import AuditedReward, queue
+from gradatim.reward import queue
 from gradatim.server import build_app
 from gradatim.store import SqlStore
 from gradatim.store import audit as chain
@@ -77,7 +77,7 @@ def audit_queue(config: Config, limit: int) -> list[dict[str, Any]]:
     """The episodes whose audited label would help most, each with its last response and what is believed of it.
     ConfigError where the data directory holds no records."""
     with _existing(config) as store:
-        judge = AuditedReward(store, config.reward, read_only=True)
+        judge, _ = compose.build_judges(config, store, read_only=True)
         judge.follow(store.end())
         rows = []
         for wanted in queue(judge, limit):

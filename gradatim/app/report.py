@@ -10,9 +10,10 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from gradatim.app import figures
+from gradatim.app.home import Home
 from gradatim.config import Config
 from gradatim.loop import JUDGED, LEARNED, is_ripe
-from gradatim.reward import AuditedReward
 from gradatim.store import SqlStore
 from gradatim.types import (
     DRIFT,
@@ -163,9 +164,9 @@ def feedback_row(feedback: Feedback) -> Json:
     }
 
 
-def learning(store: SqlStore, config: Config, *, recent: int = 50, judge: AuditedReward | None = None) -> Json:
+def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
     """Where the loop stands on what it was told. ``..._recently``: among the newest ``recent`` records of a kind.
-    ``judge``: one that is kept from call to call reads only what is new.
+    ``reward``: which rule judges, on how many audited labels, and how well; None before anything was judged.
 
     ``learning`` is true while there is work that the loop is at, or will take up by itself at once.
     """
@@ -191,7 +192,7 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50, judge: Audite
         "judged_recently": len(rewards),
         "abstained_recently": len(abstained),
         "abstained_because": dict(Counter(r.reason.partition(" (")[0] for r in abstained).most_common(3)),
-        "reward": reward(store, config, judge),
+        "reward": figures.said(Home(config.data_dir), store.end()),
         "updates_recently": len(updates),
         "applied_recently": sum(u.applied for u in updates),
         "last_update": update_row(updates[0]) if updates else None,
@@ -206,13 +207,6 @@ def _drift(verdict: Verdict) -> Json:
     return {"at": verdict.created_at, "what": what, "live": verdict.adapter_id, "reason": verdict.reason} | {
         k: bool(verdict.evidence[k]) for k in ("open", "adapt") if k in verdict.evidence
     }
-
-
-def reward(store: SqlStore, config: Config, judge: AuditedReward | None = None) -> Json:
-    """Which rule judges, on how many audited labels, and how well: ``AuditedReward.describe``."""
-    judge = judge or AuditedReward(store, config.reward, read_only=True)
-    judge.follow(store.end())
-    return judge.describe()
 
 
 def _newest(store: SqlStore, kind: type[R], limit: int) -> list[R]:

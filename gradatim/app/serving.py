@@ -25,6 +25,7 @@ from prometheus_client import CollectorRegistry, Gauge
 
 from gradatim.app import compose
 from gradatim.app.administration import Administration
+from gradatim.app.figures import show_reward
 from gradatim.app.home import Home
 from gradatim.app.learning import handover
 from gradatim.app.memory import Remembering, build_memory, show_figures
@@ -136,6 +137,7 @@ async def _answer(
     )
     metrics = _metrics(traffic, supervisor, home)
     show_figures(remembering, metrics.registry)
+    show_reward(home, metrics.registry)
     app = build_app(
         engine=engine,
         store=store,

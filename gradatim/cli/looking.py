@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,10 @@ def _draw_status(console: Console, value: Json) -> None:
     if latencies := value["feedback_to_live_s"]:
         top["feedback to live"] = f"{sorted(latencies)[len(latencies) // 2]:.1f} s (median of {len(latencies)})"
     console.print(output.facts(top))
-    for section in ("records", "reward", "loop", "server"):
+    if reward := value.get("reward"):
+        console.print(output.facts({k: v for k, v in reward.items() if k not in ("sources", "families")}, "reward"))
+        console.print(_reliabilities(reward.get("sources", ())))
+    for section in ("records", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
     _draw_drift(console, value.get("drift") or {"told": []})
@@ -70,6 +73,12 @@ def _draw_drift(console: Console, drift: Json) -> None:
     if told := drift["told"]:
         rows = [(output.when(r["at"]), r["what"], r["reason"]) for r in told[:5]]
         console.print(output.table(("when", "what", "seen"), rows, "drift"))
+
+
+def _reliabilities(rows: Sequence[Json]) -> Any:
+    """How often each source is right, as far as audited labels and agreement tell."""
+    keys = ("source", "opinions", "audited", "right", "independence")
+    return output.table(keys, [[row[key] for key in keys] for row in rows], "sources") if rows else ""
 
 
 def episodes(

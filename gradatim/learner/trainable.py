@@ -69,6 +69,11 @@ class Trainable:
         self.lora.load(None if adapter.step == 0 else read_sound(adapter, data_dir))
         self._on = adapter.sha256
 
+    def take_off(self) -> None:
+        """The frozen base alone; hold the lock."""
+        self._on = None
+        self.lora.load(None)
+
     def forward(self, answers: Sequence[Answer]) -> list[Scored]:
         """One pass over all answers, with gradients where they are on; hold the lock."""
         return self._layers(answers) if self._layers else score(self.model, answers)

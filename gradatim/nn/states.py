@@ -61,3 +61,25 @@ def states(model: Any, ids: Sequence[int], layer: int) -> Tensor:
     with tapped(model, layer) as seen:
         model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
     return seen[0][0]
+
+
+class _SeenEnough(Exception):
+    """Layers above the one that was asked for need not run."""
+
+
+@torch.inference_mode()
+def lower_states(model: Any, ids: Sequence[int], layer: int) -> Tensor:
+    """The same as ``states``, without the layers above."""
+
+    def stop(_module: Any, _args: Any, _out: Any) -> None:
+        raise _SeenEnough
+
+    with tapped(model, layer) as seen:
+        hook = model.base_model.layers[layer - 1].register_forward_hook(stop)
+        try:
+            model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+        except _SeenEnough:
+            pass
+        finally:
+            hook.remove()
+    return seen[0][0]

@@ -11,12 +11,15 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from gradatim.config import RewardConfig
 from gradatim.protocols import Store
-from gradatim.reward.abstain import FAULT_VALUE, fault
+from gradatim.reward.abstain import FAULT, FAULT_VALUE, fault
 from gradatim.reward.calibrate import Calibrated, calibrate, is_enough
 from gradatim.reward.evidence import Judged, evidence
+from gradatim.reward.figures import Reliability, by_family, by_source, realised, reliabilities
+from gradatim.reward.hidden import SOURCE, Hidden
 from gradatim.reward.ledger import MODEL, Ledger
 from gradatim.reward.weighted import WeightedReward
 from gradatim.types import Case, Reward
@@ -35,6 +38,7 @@ class _Fit:
     labels: int
     episodes: int
     alarms: int
+    sources: tuple[Reliability, ...]
 
 
 class AuditedReward:
@@ -48,18 +52,24 @@ class AuditedReward:
         *,
         clock: Callable[[], float] = time.time,
         read_only: bool = False,
+        hidden: Hidden | None = None,
     ) -> None:
         self._store, self._config, self._clock, self._read_only = store, config, clock, read_only
         self._weighted = WeightedReward(config, clock=clock)
         self._ledger = Ledger(store, config)
+        self._hidden = hidden
         self._fit: _Fit | None = None
         self._fitted_at = 0
 
     # ------------------------------------------------------------------------------------------ judging
 
     def score(self, case: Case) -> Reward:
+        if self._hidden is not None and self._learns:
+            self._hidden.note(case)
         self.follow(case.position)
         row = evidence(case.episode.id, case.episode.steps, case.feedback, self._config.audited)
+        if self._hidden is not None:
+            row = self._hidden.heard([row])[0]
         value, sure, reason = self._judge(case, row)
         return Reward(
             episode_id=case.episode.id,
@@ -75,7 +85,10 @@ class AuditedReward:
         if row.label is not None:
             return 2.0 * row.label - 1.0, _AUDITED_SURE, f"audited: {'good' if row.label else 'bad'}"
         weighted = self._weighted.score(case)
-        if not row.opinions or not self.is_calibrated:
+        alone = all(o.rater == SOURCE for o in row.opinions)  # nobody gave an opinion on it
+        if not row.opinions or not self.is_calibrated or (alone and weighted.value is not None):
+            if weighted.value is None and case.feedback:
+                return self._unjudged(case, weighted.reason)
             return weighted.value, weighted.confidence, weighted.reason
         if self._fit is None or self._fit.model.threshold.value is None:
             return self._unjudged(case, f"too few audited labels ({self._ledger.labels}) to keep the risk")
@@ -91,8 +104,8 @@ class AuditedReward:
     def _unjudged(self, case: Case, why: str) -> tuple[float | None, float, str]:
         """An abstention, unless the agent made it one."""
         if blame := fault(case.episode):
-            return FAULT_VALUE, 0.0, f"unjudgeable by its own doing: {blame}"
-        return None, 0.0, f"abstained: {why}"
+            return FAULT_VALUE, 0.0, f"{FAULT}: {blame}"
+        return None, 0.0, why if why.startswith("abstained") else f"abstained: {why}"
 
     # ------------------------------------------------------------------------------------------ fitting
 
@@ -103,9 +116,13 @@ class AuditedReward:
             return self._fit is not None
         return self._config.model == "calibrated"
 
+    @property
+    def _learns(self) -> bool:
+        return self._config.model != "weighted" and bool(self._config.audited)
+
     def follow(self, position: int) -> None:
         """Take in the records up to a position; fit to them where there is enough that is new."""
-        if self._config.model == "weighted" or not self._config.audited:
+        if not self._learns:
             return
         self._take_up()
         self._ledger.advance(position)
@@ -138,39 +155,67 @@ class AuditedReward:
         return ledger.labels >= more or ledger.episodes >= max(fit.episodes + 50, fit.episodes * _MORE_EPISODES)
 
     def _refit(self) -> None:
-        model = calibrate(self._ledger.rows(), self._config, stale=self._ledger.stale())
+        rows, cursor = self._ledger.rows(), self._ledger.cursor
+        if self._hidden is not None:
+            self._hidden.fit(rows, cursor)
+            rows = self._hidden.heard(rows, cursor)
+        model = calibrate(rows, self._config, stale=self._ledger.stale())
         if self._fit is not None and self._ledger.alarms != self._fit.alarms:
             log.warning("rewards no longer kept the stated risk of %.0f %%: refitted", 100 * self._config.risk)
-        self._fit = _Fit(model, self._ledger.labels, self._ledger.episodes, self._ledger.alarms)
+        sources = tuple(reliabilities(model.combiner, rows))
+        self._fit = _Fit(model, self._ledger.labels, self._ledger.episodes, self._ledger.alarms, sources)
 
     # ------------------------------------------------------------------------------------------ looking
 
-    def describe(self) -> dict[str, float | int | str | None]:
-        """How it judges, in plain values, for whoever looks at it."""
-        fit, config = self.model, self._config
-        rule = "calibrated" if self.is_calibrated else "weighted"
-        told: dict[str, float | int | str | None] = {
-            "rule": rule,
+    def describe(self) -> dict[str, Any]:
+        """How it judges, in plain values, for whoever looks at it. ``window_...``: of the newest audited labels, what
+        had been said before they came; the others are of the held-out labels that the model was made with."""
+        fit, config = self._fit, self._config
+        told: dict[str, Any] = {
+            "rule": "calibrated" if self.is_calibrated else "weighted",
+            "why": self._why(),
+            "position": self._ledger.cursor,
             "audited_labels": self._ledger.labels,
             "labels_wanted": config.min_labels,
             "risk": config.risk,
             "confidence": config.confidence,
             "risk_alarms": self._ledger.alarms,
+            **realised(self._ledger.audits),
         }
+        if self._hidden is not None:
+            told |= {"hidden_speaks": self._hidden.speaks, "hidden_refused": self._hidden.refused}
         if fit is None:
             return told
-        held = fit.threshold
+        held = fit.model.threshold
         return told | {
             "held_out_labels": held.labels,
             "acts_from": held.value,
-            "coverage": fit.coverage,
-            "ece": fit.ece,
+            "coverage": fit.model.coverage,
+            "ece": fit.model.ece,
             "selective_risk": held.errors / held.kept if held.kept else None,
+            "families": by_family(fit.sources),
+            "sources": by_source(fit.sources),
         }
+
+    def _why(self) -> str:
+        """Why this rule speaks, and not the other."""
+        labels, wanted = self._ledger.labels, self._config.min_labels
+        if self._config.model != "auto":
+            return f'reward.model = "{self._config.model}"'
+        if self._fit is not None:
+            return f"fitted to {self._fit.labels} audited labels"
+        if labels < wanted:
+            return f"{labels} audited labels of the {wanted} that calibration takes"
+        return f"of {labels} audited labels too few are on episodes that others judged too, or are of one kind"
 
     @property
     def model(self) -> Calibrated | None:
         return self._fit.model if self._fit else None
+
+    def rows(self) -> list[Judged]:
+        """What it knows of the newest episodes, with all that speaks of them."""
+        rows = self._ledger.rows()
+        return rows if self._hidden is None else self._hidden.heard(rows)
 
     @property
     def ledger(self) -> Ledger:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 
 from gradatim.types import EpisodeId, Feedback, Step
 
-FAMILIES = ("human", "critic", "judge", "implicit", "other")
+FAMILIES = ("human", "critic", "judge", "implicit", "other", "model")
 _OF_USERS = ("human", "implicit")
 
 

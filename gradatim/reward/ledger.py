@@ -14,12 +14,14 @@ from gradatim.config import RewardConfig
 from gradatim.protocols import Store
 from gradatim.reward.abstain import Watch
 from gradatim.reward.evidence import Judged, evidence, is_audited, label_of
+from gradatim.reward.figures import Audit
 from gradatim.types import DRIFT, EpisodeId, Feedback, Reward, Step, Verdict, is_new_world
 
 MODEL = "P(good)"  # the first word of the reason of a reward that the learned model gave
 LABELLED = 2000  # episodes kept
 UNLABELLED = 20_000  # episodes kept,
 FITTED = 3000  # and how many of them are fitted to
+AUDITS = 200  # audited labels, the newest, that what was said before them is compared with
 _PAGE = 1000
 
 
@@ -33,7 +35,8 @@ class _Entry:
 
 class Ledger:
     """``cursor``: the newest feedback that is in it. ``alarms``: how often the stated risk was found not to be kept, or
-    the world to have changed."""
+    the world to have changed. ``audits``: the newest labels of episodes that had been judged, or abstained on, by
+    whichever rule spoke."""
 
     def __init__(self, store: Store, config: RewardConfig) -> None:
         self._store, self._config = store, config
@@ -43,6 +46,7 @@ class Ledger:
         self.watch = Watch(config.risk)
         self.alarms = 0
         self._turned = 0  # position of the newest verdict on the world that was looked at
+        self.audits: deque[Audit] = deque(maxlen=AUDITS)
 
     def advance(self, upto: int) -> None:
         """Read on to a position, and not beyond."""
@@ -92,11 +96,15 @@ class Ledger:
             del kept[next(iter(kept))]
 
     def _check(self, position: int, episode_id: EpisodeId, label: int) -> None:
-        """What the model had said before the label came."""
+        """What had been said before the label came; of the model's rewards, whether they keep the risk."""
         said = self._store.newest(Reward, before=position, episode_id=episode_id)
-        if not said or said[0][1].value is None or not said[0][1].reason.startswith(MODEL):
+        if not said:
             return
-        if self.watch.see((said[0][1].value > 0.0) != bool(label)):
+        value = said[0][1].value
+        self.audits.append(Audit(None if value is None else (1.0 + value) / 2.0, label))
+        if value is None or not said[0][1].reason.startswith(MODEL):
+            return
+        if self.watch.see((value > 0.0) != bool(label)):
             self.alarms += 1
             for entry in self._labelled.values():
                 entry.stale = True

@@ -31,7 +31,7 @@ class Wanted:
 
 def queue(model: AuditedReward, limit: int) -> list[Wanted]:
     """The episodes to audit, the first first. ``model.follow`` must have been called."""
-    rows = model.ledger.rows()
+    rows = model.rows()
     open_rows = [row for row in rows if row.label is None and row.opinions]
     compared = Counter(o.rater for row in rows if row.label is not None for o in row.opinions)
     good = dict(zip((row.episode_id for row in open_rows), _probabilities(model, open_rows), strict=True))

@@ -1,4 +1,4 @@
-"""The tables, declared once for SQLite and PostgreSQL: one per kind of record, six of a memory, and five of facts.
+"""The tables, declared once for SQLite and PostgreSQL: of records, of what is remembered, and five of facts.
 
 A column has the name of the field it keeps. ``log_position`` is the record's place in the log, unique and rising over
 all tables (``position`` is a field of some records: the newest feedback they rest on). Three ways to keep a value:
@@ -36,6 +36,7 @@ from gradatim.types import (
     MemoryUse,
     Move,
     Reward,
+    Sketch,
     Stage,
     Step,
     Tombstone,
@@ -352,6 +353,16 @@ memory_tombstones = _shelf(
     _free_text("reason"),
 )
 
+reward_sketches = _shelf(
+    "reward_sketches",
+    _id("step_id"),
+    _id("space"),
+    _key("episode_id"),
+    _coded("vector", BYTES),
+    _int("position"),
+    by=("episode_id",),
+)
+
 SHELF: Mapping[type[Any], Table] = {
     MemoryEntry: memory_entries,
     MemoryKey: memory_keys,
@@ -359,6 +370,7 @@ SHELF: Mapping[type[Any], Table] = {
     MemoryUse: memory_uses,
     MemoryEpoch: memory_epochs,
     Tombstone: memory_tombstones,
+    Sketch: reward_sketches,
 }
 
 # ------------------------------------------------------------------------------ the facts that may change
