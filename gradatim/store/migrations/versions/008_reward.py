@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "010_reward"
+revision = "008_reward"
 down_revision = "007_scale"
 branch_labels = None
 depends_on = None
