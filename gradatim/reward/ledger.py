@@ -65,8 +65,13 @@ class Ledger:
     def _changes(self, upto: int) -> deque[tuple[int, float]]:
         """(position, since when) of each new world before a position. What stands behind the newest feedback takes
         effect with the next."""
-        rows = self._store.read(Verdict, after=self._turned, gate=DRIFT)
-        return deque((at, v.evidence.get("since", v.created_at)) for at, v in rows if at < upto and is_new_world(v))
+        found: deque[tuple[int, float]] = deque()
+        for at, verdict in self._store.read(Verdict, after=self._turned, gate=DRIFT):
+            if at < upto and is_new_world(verdict):
+                found.append((at, verdict.evidence.get("since", verdict.created_at)))
+            elif at < upto and not found:
+                self._turned = at
+        return found
 
     def _grow_stale(self, position: int, since: float) -> None:
         """Labels from before then are of another world."""
