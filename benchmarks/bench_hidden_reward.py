@@ -2,9 +2,10 @@
 
 Answers to templated tickets ("which team?") and to small sums, right or wrong by construction, as a simulated agent
 logged them (it is right in 60 %). SmolLM2 reads each of the 600 once. In each run 300 of them are audited, and the
-sources are drawn anew: a click that flips 40 % of the labels, on half of the answers, and a lint that flips 25 %, on
-70 % of them. The heads on the states are fitted to the labels that are not held out. Both sides have the same labels;
-"without" is the same model without that source. Judged are the 300 other answers.
+sources are drawn anew: a click that flips 40 % of the labels, on half of the answers, a lint that flips 25 %, on 70 %,
+and a reviewer that flips 10 %, on 60 %. (Without the reviewer neither side could promise 10 %, and both abstained on
+everything.) Both sides have the same labels; "without" is the same model without that source. Judged are the 300 other
+answers. A second run on the same folder makes no sketch again.
 """
 
 from __future__ import annotations
