@@ -1,16 +1,16 @@
 """The model's own states as one more source of the reward: how much more is judged at the same risk.
 
 Answers to templated tickets ("which team?") and to small sums, right or wrong by construction, as a simulated agent
-logged them (it is right in 60 %). SmolLM2 reads each of the 1000 once. In each run 400 of them are audited, and the
-sources are drawn anew: a click that flips 40 % of the labels, on half of the answers, and a lint that flips 25 %, on
-70 % of them. The heads on the states are fitted to the labels that are not held out. Both sides have the same labels;
-"without" is the same model without that source. Judged are the 600 other answers.
+logged them (it is right in 60 %). SmolLM2 reads each of the 600 once. In each run 300 of them are audited, and the
+sources are drawn anew: a click that flips 40 % of the labels, on half of the answers, a lint that flips 25 %, on 70 %,
+and a reviewer that flips 10 %, on 60 %. (Without the reviewer neither side could promise 10 %, and both abstained on
+everything.) Both sides have the same labels; "without" is the same model without that source. Judged are the 300 other
+answers. A second run on the same folder makes no sketch again.
 """
 
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +50,13 @@ THINGS = (
     "the web shop",
     "my watch",
 )
-LABELS, FRESH = 400, 600
+LABELS, FRESH = 300, 300
 RISK = 0.1
+SOURCES = (  # (rater, family, share of labels that it flips, share of answers that it sees)
+    ("critic:lint", "critic", 0.25, 0.7),
+    ("implicit:click", "implicit", 0.4, 0.5),
+    ("judge:reviewer", "judge", 0.1, 0.6),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +111,7 @@ def rows_of(pool: Sequence[Answer], seed: int) -> tuple[list[Judged], npt.NDArra
     for i, answer in enumerate(pool):
         sign = 2.0 * answer.good - 1.0
         said = []
-        for rater, family, rate, seen in (
-            ("critic:lint", "critic", 0.25, 0.7),
-            ("implicit:click", "implicit", 0.4, 0.5),
-        ):
+        for rater, family, rate, seen in SOURCES:
             if rng.random() < seen:
                 said.append(Opinion(rater, family, -sign if rng.random() < rate else sign, 1.0))
         rows.append(Judged(EpisodeId(f"e{i}"), tuple(said), 2.0, answer.good if audited[i] else None))
@@ -151,19 +153,18 @@ def one_run(pool: Sequence[Answer], source: Hidden, seed: int) -> dict[str, floa
     return out
 
 
-def sketched(pool: Sequence[Answer], data_dir: Path) -> tuple[Hidden, float]:
-    """The source, and CPU seconds of one sketch."""
+def sketched(pool: Sequence[Answer], data_dir: Path) -> Hidden:
+    """The source; sketches of an earlier run are not made again."""
     base = load_base("smollm2", data_dir, dtype="float32", device="cpu")
     torch.set_num_threads(1)
     renderer = Renderer(base)
     store = open_store(data_dir / "sketches.db")
     source = Hidden(SqlShelf(store.engines), StateEncoder(base))
-    began_s = time.process_time()
     for i, answer in enumerate(pool):
         step = step_of(i, answer, renderer)
         episode = Episode(id=step.episode_id, steps=(step,))
         source.note(Case(position=0, episode=episode, feedback=(), touched_at=0.0))
-    return source, (time.process_time() - began_s) / len(pool)
+    return source
 
 
 def main() -> None:
@@ -172,9 +173,8 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("/tmp/gradatim-bench-hidden"))
     args = parser.parse_args()
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    (args.data_dir / "sketches.db").unlink(missing_ok=True)
     pool = answers(LABELS + FRESH, seed=0)
-    source, sketch_s = sketched(pool, args.data_dir)
+    source = sketched(pool, args.data_dir)
     table = [one_run(pool, source, seed) for seed in range(1 if args.quick else args.seeds)]
     mean = {key: float(np.mean([row[key] for row in table])) for key in table[0]}
     kept = float(np.mean([row["with error"] <= RISK for row in table]))
@@ -187,7 +187,6 @@ def main() -> None:
         harness.Goal("AUC of its own votes, sums", mean["auc sums"]),
         harness.Goal("largest share of wrong rewards with it", max(row["with error"] for row in table)),
         harness.Goal("share of runs that kept the risk", kept, ">= 0.9"),
-        harness.Goal("CPU s of one sketch", sketch_s),
     ]
     details = {"truth": "by construction; sources and agent simulated", "labels": LABELS, "runs": table}
     harness.report("bench_hidden_reward", goals, details, args)

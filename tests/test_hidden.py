@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gradatim.config import RewardConfig
+from gradatim.app import compose
+from gradatim.config import Config, RewardConfig
 from gradatim.learner.encoder import LONGEST, StateEncoder
 from gradatim.learner.trainable import trainable
 from gradatim.nn.states import lower_states, states
@@ -316,3 +317,17 @@ def test_an_opinion_of_another_is_left_as_it_is(store: SqlStore) -> None:
     (heard,) = source.heard([replace(row(2), opinions=(other,))])
     assert other in heard.opinions and len(heard.opinions) == 2
     assert heard.opinions == tuple(sorted(heard.opinions, key=lambda o: o.rater))
+
+
+def test_the_loop_reads_answers_and_the_server_does_not(store: SqlStore, tmp_path: Path) -> None:
+    config = Config(data_dir=tmp_path, reward=CONFIG)
+    answered = step("s1", "e1", prompt_ids=(5, 9, 11), completion_ids=(60, 3))
+    case = replace(
+        case_for(1, feedback("score", "e1", value=1.0)), episode=Episode(id=EpisodeId("e1"), steps=(answered,))
+    )
+    for base, made in ((None, 0), (tiny_base(), 1)):
+        judge, _ = compose.build_judges(config, store, base, read_only=base is None)
+        judge.score(case)
+        assert len(SqlShelf(store.engines).load(Sketch)) == made
+    off, _ = compose.build_judges(replace(config, reward=replace(CONFIG, hidden=False)), store, tiny_base())
+    assert "hidden_speaks" not in off.describe()
