@@ -60,20 +60,20 @@ def said(home: Home, end: int) -> Json | None:
 
 
 _GAUGES = {
-    "audited_labels": "audited labels that the reward is learned from",
-    "labels_wanted": "audited labels that calibration takes",
-    "risk": "stated share of rewards that may have the wrong sign",
-    "risk_alarms": "how often that risk was found not to be kept",
-    "acts_from": "how sure the calibrated model must be to give a reward",
-    "coverage": "share of the episodes without a label that would get a reward",
-    "ece": "expected calibration error on held-out labels",
-    "selective_risk": "share of wrong rewards on held-out labels",
-    "window_labels": "audited labels in the newest window",
-    "window_coverage": "share of its episodes that had a reward before their label came",
-    "window_ece": "expected calibration error of those",
-    "window_selective_risk": "share of wrong ones among those",
-    "abstain_rate": "share of abstentions among the newest rewards",
-    "fault_rate": "share of those that nobody could judge because of how the agent answered",
+    "gradatim_reward_audited_labels": "audited labels that the reward is learned from",
+    "gradatim_reward_labels_wanted": "audited labels that calibration takes",
+    "gradatim_reward_risk": "stated share of rewards that may have the wrong sign",
+    "gradatim_reward_risk_alarms": "how often that risk was found not to be kept",
+    "gradatim_reward_acts_from": "how sure the calibrated model must be to give a reward",
+    "gradatim_reward_coverage": "share of the episodes without a label that would get a reward",
+    "gradatim_reward_ece": "expected calibration error on held-out labels",
+    "gradatim_reward_selective_risk": "share of wrong rewards on held-out labels",
+    "gradatim_reward_window_labels": "audited labels in the newest window",
+    "gradatim_reward_window_coverage": "share of its episodes that had a reward before their label came",
+    "gradatim_reward_window_ece": "expected calibration error of those",
+    "gradatim_reward_window_selective_risk": "share of wrong ones among those",
+    "gradatim_reward_abstain_rate": "share of abstentions among the newest rewards",
+    "gradatim_reward_fault_rate": "share of those that nobody could judge because of how the agent answered",
 }
 
 
@@ -88,8 +88,9 @@ class _RewardFigures(Collector):
         calibrated = float(facts["rule"] == "calibrated")
         yield GaugeMetricFamily("gradatim_reward_calibrated", "1 where the calibrated model judges", value=calibrated)
         for name, about in _GAUGES.items():
-            if facts.get(name) is not None:
-                yield GaugeMetricFamily(f"gradatim_reward_{name}", about, value=float(facts[name]))
+            value = facts.get(name.removeprefix("gradatim_reward_"))
+            if value is not None:
+                yield GaugeMetricFamily(name, about, value=float(value))
         yield from _families(facts.get("families", {}))
         faults = GaugeMetricFamily("gradatim_reward_faults", "those by what the agent did", labels=["behaviour"])
         for behaviour, share in facts.get("faults", {}).items():
