@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -345,17 +345,16 @@ def test_an_abstention_is_never_worth_anything(text: str, finish: str, opinions:
     assert reward.value != 0.0 or not opinions
 
 
-@pytest.mark.parametrize("model", ["auto", "calibrated"])
-def test_what_its_own_doing_made_unjudgeable_is_worth_what_a_failure_is(
-    store: Store, model: Literal["auto", "calibrated"]
-) -> None:
-    judge = AuditedReward(store, replace(CONFIG, model=model))
+def test_what_its_own_doing_made_unjudgeable_is_worth_what_a_failure_is(store: Store) -> None:
+    judge = AuditedReward(store, replace(CONFIG, model="calibrated"))
     unknown = feedback("outcome", value=None, source="critic:tests")
     dodged = case_of(unknown, steps=(step(text="Could you say that again?"),))
     assert judge.score(dodged).value == FAULT_VALUE == -1.0
     assert judge.score(dodged).reason.startswith(FAULT)
     assert judge.score(case_of(unknown, steps=(step(text="It is done."),))).value is None
     assert judge.score(replace(dodged, feedback=())).value is None  # retracted: nothing is said of it any more
+    weighted = AuditedReward(store, replace(CONFIG, model="weighted"))
+    assert weighted.score(dodged).value is None  # without audited labels unknown is never rounded
 
 
 def test_what_is_the_agents_fault() -> None:

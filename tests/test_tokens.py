@@ -30,6 +30,7 @@ from gradatim.memory.token_folders import TokenFolders
 from gradatim.memory.token_store import TokenStore
 from gradatim.memory.tokens import TokenMemory
 from gradatim.nn.base import Base
+from gradatim.nn.states import tap
 from gradatim.protocols import Recollection, Store
 from gradatim.store import SqlShelf, open_store
 from gradatim.testing.records import a_step
@@ -354,8 +355,9 @@ def test_the_gate_in_the_package_can_be_read_and_no_other_model_has_it() -> None
 def test_the_space_of_another_model_is_made_of_public_text_and_kept(tiny_base: Base, tmp_path: Path) -> None:
     made = public_space(tiny_base, 2, tmp_path)
     assert made.width == 64 and (made.scale > 0).all()
-    before = tiny_base.model.base_model.layers[1]._forward_hooks
-    assert not before
+    layer = tiny_base.model.base_model.layers[-1]
+    hooks = (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values())
+    assert not [hook for hook in hooks if hook.__module__ == tap.__module__]
     (path,) = tmp_path.iterdir()
     assert public_space(tiny_base, 2, tmp_path).digest == made.digest
     path.write_bytes(path.read_bytes()[:-9])

@@ -71,15 +71,17 @@ class _SeenEnough(Exception):
 def lower_states(model: Any, ids: Sequence[int], layer: int) -> Tensor:
     """The same as ``states``, without the layers above."""
 
-    def stop(_module: Any, _args: Any, _out: Any) -> None:
+    seen: list[Tensor] = []
+
+    def keep(states: Tensor) -> None:
+        seen.append(states)
         raise _SeenEnough
 
-    with tapped(model, layer) as seen:
-        hook = model.base_model.layers[layer - 1].register_forward_hook(stop)
-        try:
-            model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
-        except _SeenEnough:
-            pass
-        finally:
-            hook.remove()
+    handle = tap(model, layer, keep)
+    try:
+        model.base_model(input_ids=torch.tensor([list(ids)], device=model.device), use_cache=False)
+    except _SeenEnough:
+        pass
+    finally:
+        handle.remove()
     return seen[0][0]

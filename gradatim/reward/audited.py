@@ -87,7 +87,7 @@ class AuditedReward:
         weighted = self._weighted.score(case)
         alone = all(o.rater == SOURCE for o in row.opinions)  # nobody gave an opinion on it
         if not row.opinions or not self.is_calibrated or (alone and weighted.value is not None):
-            if weighted.value is None and case.feedback:
+            if weighted.value is None and case.feedback and self.is_calibrated:
                 return self._unjudged(case, weighted.reason)
             return weighted.value, weighted.confidence, weighted.reason
         if self._fit is None or self._fit.model.threshold.value is None:
