@@ -30,6 +30,12 @@ def orphaned(candidate: Adapter, live: Adapter) -> str:
     return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
 
 
+def _update(store: Store, candidate: Adapter) -> Update | None:
+    """What made it."""
+    found = store.read(Update, id=candidate.update_id)
+    return found[-1][1] if found else None
+
+
 class StaticGate:
     """Its files match their digest, it descends from the live adapter, its update was finite and small."""
 
@@ -41,7 +47,8 @@ class StaticGate:
         self._store, self._scorer, self._config, self._clock = store, scorer, config, clock
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
-        metrics = self._metrics(candidate)
+        update = _update(self._store, candidate)
+        metrics = update.metrics if update else {}
         problem = self._problem(candidate, live, metrics)
         return Verdict(
             adapter_id=candidate.id,
@@ -52,10 +59,6 @@ class StaticGate:
             evidence={k: v for k, v in metrics.items() if math.isfinite(v)},
             reason=problem or "digest, lineage, finiteness and size are in order",
         )
-
-    def _metrics(self, candidate: Adapter) -> Mapping[str, float]:
-        found = self._store.read(Update, id=candidate.update_id)
-        return found[-1][1].metrics if found else {}
 
     def _problem(self, candidate: Adapter, live: Adapter, metrics: Mapping[str, float]) -> str:
         if candidate.parent_id != live.id:
@@ -114,7 +117,7 @@ class ReplayGate:
         self._cases = Cases(store, config.max_cases)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
-        update = self._update(candidate)
+        update = _update(self._store, candidate)
         trained = frozenset(update.example_ids) if update else frozenset()
         cases = self._scorable(candidate, self._cases.choose(exclude=trained))
         found = _Findings(self._config, Leeway.of(update, self._config))
@@ -157,10 +160,6 @@ class ReplayGate:
         if not cases:
             return "no verified good answers yet to compare on: the static checks carry the decision"
         return f"no skill worse than live or anchor on {len(cases)} known good answers"
-
-    def _update(self, candidate: Adapter) -> Update | None:
-        found = self._store.read(Update, id=candidate.update_id)
-        return found[-1][1] if found else None
 
 
 @dataclass(slots=True)
