@@ -52,10 +52,10 @@ ARMS = ("naive", "replay", "ewc", "kl", "default", "default_ewc")
 EWC = 0.2  # share of the gradient, in the arms that have it
 RATES = (2.5e-4 / 3, 2.5e-4, 7.5e-4)
 NEW = 12  # corrections in an update
-UPDATES = 1  # of a skill
+UPDATES = 2  # of a skill
 EPOCHS = 3
 BATCH = 4  # new examples in a gradient step
-HELD_OUT = 16  # pages of a skill
+HELD_OUT = 24  # pages of a skill
 MASTERED = 0.25
 UNTRAINED_WEIGHT = 1e-6
 
