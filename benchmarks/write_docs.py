@@ -1,4 +1,4 @@
-"""Write docs/benchmarks.md, and the README's session, from what the last full run of each benchmark left in
+"""Write docs/benchmarks.md, and the README's session and figures, from what the last full run of each benchmark left in
 benchmarks/results/."""
 
 from __future__ import annotations
@@ -66,6 +66,17 @@ def seeds(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def beside_learning(result: Mapping[str, Any]) -> str:
+    """What 20 updates beside streaming clients cost those, as one point of a list."""
+    found = {g["goal"]: g["value"] for g in result["goals"]}
+    return (
+        "- While 4 clients stream without a pause and 20 updates are trained, gated and put live: "
+        f"{found['responses other than 2xx']:.0f} failed responses, {found['broken streams']:.0f} broken streams, p99 "
+        f"time per token {found['p99 time per token while learning, ratio to idle']:.1f} times that of the same load "
+        "without learning."
+    )
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -75,16 +86,21 @@ def between(page: str, name: str, content: str) -> str:
     return f"{before}<!-- {name} -->\n{content}\n{end}{after}"
 
 
+def last(name: str) -> Mapping[str, Any]:
+    """The last full run of a benchmark."""
+    result: Mapping[str, Any] = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    return result
+
+
 def main() -> None:
     sections = [header()]
     for path in sorted(harness.RESULTS.glob("bench_*.json")):
-        sections.append(table(json.loads(path.read_text())))
+        sections.append(table(last(path.stem)))
     (ROOT / "docs" / "benchmarks.md").write_text("\n".join(sections))
-    told, measured = harness.RESULTS / "demo_session.txt", harness.RESULTS / "bench_demo.json"
-    if told.exists() and measured.exists():
-        readme = ROOT / "README.md"
-        page = between(readme.read_text(), "session", f"```text\n{told.read_text()}```")
-        readme.write_text(between(page, "seeds", seeds(json.loads(measured.read_text()))))
+    readme = ROOT / "README.md"
+    page = between(readme.read_text(), "session", f"```text\n{(harness.RESULTS / 'demo_session.txt').read_text()}```")
+    page = between(page, "seeds", seeds(last("bench_demo")))
+    readme.write_text(between(page, "beside", beside_learning(last("bench_updates"))))
 
 
 if __name__ == "__main__":
