@@ -169,7 +169,7 @@ def cell(
             "caught": sum(e.id.startswith(BAD) for e in out),
             "wrong_known": sum(not e.id.startswith(BAD) and e.skill != UNKNOWN for e in out),
             "wrong_unknown": sum(not e.id.startswith(BAD) and e.skill == UNKNOWN for e in out),
-            "scores": {s: score(scorer, made or parent, subject.held_out[s]) for s in (*KNOWN, UNKNOWN)},
+            "scores": {s: score(scorer, made or parent, subject.held_out[s]).greedy for s in (*KNOWN, UNKNOWN)},
             "metrics": dict(update.metrics),
             "refused_because": update.refused_because,
         }

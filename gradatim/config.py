@@ -124,6 +124,16 @@ class LearnerConfig:
     threads: int = 1
     seed: int = 0
 
+    @property
+    def new_a_step(self) -> int:
+        """New examples in one gradient step, whether or not there is something to replay beside them."""
+        return max(1, self.batch - round(self.batch * self.replay_share))
+
+    def replayed(self, new: int) -> int:
+        """Old examples that all steps of an update with so many new ones have room for, each of them once."""
+        steps = self.epochs * -(-new // self.new_a_step)
+        return steps * (self.batch - self.new_a_step)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateConfig:

@@ -168,7 +168,7 @@ class Loop:
             return False
         revised = {e.step_id for e in examples}
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
-        replay = self.replay.draw(self._replayed(len(examples)), exclude=frozenset(e.id for e in examples))
+        replay = self.replay.draw(self.learning.replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         traffic = self._traffic(but={e.step_id for e in examples})
         update, adapter = self.learner.update(examples, replay, live, self._next_step(), traffic)
         update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
@@ -206,14 +206,6 @@ class Loop:
         if update.adapter_id is None or update.scale < 1.0:
             return False
         return any(m.after is Stage.REJECTED for _, m in self.store.newest(Move, adapter_id=update.adapter_id))
-
-    def _replayed(self, new: int) -> int:
-        """As many old ones as the share says; more beside a few new ones, so that a gradient step is never of those
-        few alone."""
-        share = self.learning.replay_share
-        if not 0.0 < share < 1.0:
-            return 0
-        return max(round(new * share / (1.0 - share)), self.learning.batch - new)
 
     # ------------------------------------------------------------------ live, or not any longer
 

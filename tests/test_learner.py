@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gradatim.config import LearnerConfig
 from gradatim.errors import AdapterError, DamagedAdapterError, LearnerError
@@ -193,6 +196,21 @@ def test_steps_visit_every_new_example_once_an_epoch_with_replay_mixed_in() -> N
     assert len(list(steps(new[:1], [], CONFIG, seed=0))) == CONFIG.epochs
     alone = list(steps(new[:4], [], replace(CONFIG, epochs=1, batch=4, replay_share=0.5), seed=0))
     assert [len(b) for b in alone] == [2, 2]  # as many steps as there would be with replay
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 4), st.floats(0.0, 0.9))
+def test_as_many_old_examples_are_asked_for_as_all_steps_have_room_for(
+    new: int, batch: int, epochs: int, share: float
+) -> None:
+    config = replace(CONFIG, epochs=epochs, batch=batch, replay_share=share)
+    item = fit(pair(), 64, VOCABULARY)
+    assert isinstance(item, Item)
+    old = [replace(item, example=replace(item.example, id=f"old-{n}")) for n in range(config.replayed(new))]
+    taught = [replace(item, example=replace(item.example, id=f"new-{n}")) for n in range(new)]
+    visits = Counter(i.example.id for b in steps(taught, old, config, seed=0) for i in b)
+    assert all(visits[i.example.id] == 1 for i in old)
+    assert all(visits[i.example.id] == epochs for i in taught)
 
 
 def test_scores_are_cached_by_weights_and_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -397,6 +415,9 @@ def test_the_record_says_what_was_trained_how_and_at_what_cost(tmp_path: Path) -
     update, _ = applied(subject.update([pair(1), pair(2), imitate(3)], replay, parent, 2))
     metrics = update.metrics
     assert (metrics["examples_dpo"], metrics["examples_sft"]) == (2, 1)
-    assert (metrics["replayed"], metrics["replay_share"]) == (1, 0.25)
+    assert (metrics["replayed"], metrics["replay_share"]) == (
+        1,
+        0.4,
+    )  # 2 of 5 in each epoch: of its 2 steps one has 1 new
     assert 0.5 < metrics["replay_chance_before"] < 1.0 and 0.0 < metrics["replay_chance_after"] < 1.0
     assert 10**7 < metrics["peak_memory_bytes"] < 10**11

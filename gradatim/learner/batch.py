@@ -93,11 +93,10 @@ def steps(new: Sequence[Item], replay: Sequence[Item], config: LearnerConfig, se
     would else have fewer steps than any later one, and more to learn.
     """
     rng = random.Random(seed)
-    fresh = max(1, config.batch - round(config.batch * config.replay_share))
-    replayed = min(len(replay), config.batch - fresh)
+    replayed = min(len(replay), config.batch - config.new_a_step)
     rehearsal = cycle(replay)
     for _ in range(config.epochs):
         order = rng.sample(list(new), len(new))
-        count = -(-len(order) // fresh)
+        count = -(-len(order) // config.new_a_step)
         for k in range(count):  # of nearly equal size, so that no example gets a step to itself
             yield [*order[k::count], *islice(rehearsal, replayed)]

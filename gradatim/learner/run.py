@@ -31,7 +31,7 @@ class Run:
     silent: list[Item] = field(default_factory=list)  # new ones whose hint changes nothing
     reference: dict[str, list[Tensor]] = field(default_factory=dict)  # example id -> (T,) per answer, parent's
     teacher: dict[str, Tensor] = field(default_factory=dict)  # example id -> (T,), the parent's when it has the hint
-    used: set[str] = field(default_factory=set)
+    used: Counter[str] = field(default_factory=Counter)  # example id -> passes in which it was trained on
     sums: dict[str, float] = field(default_factory=dict)  # of loss parts
     counts: Counter[str] = field(default_factory=Counter)  # of their terms
     steps: int = 0
@@ -51,7 +51,7 @@ class Run:
 
     def counted(self) -> dict[str, Any]:
         """What the passes of a step add up, as it is now."""
-        counts = {"sums": dict(self.sums), "counts": Counter(self.counts), "used": set(self.used)}
+        counts = {"sums": dict(self.sums), "counts": Counter(self.counts), "used": Counter(self.used)}
         return counts | {"tokens": self.tokens, "packed": self.packed}
 
     def recount(self, before: Mapping[str, Any]) -> None:
@@ -70,7 +70,7 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The finite figures of the update's record."""
         kinds = Counter(i.example.kind for i in self.new)
-        rehearsed = sum(i.example.id in self.used for i in (*self.replay, *self.known))
+        rehearsed = [self.used[i.example.id] for i in (*self.replay, *self.known)]
         out: dict[str, float] = {name: self.sums[name] / self.counts[name] for name in self.sums if name != "settled"}
         out |= {
             "settled": self.counts["settled"],
@@ -82,8 +82,8 @@ class Run:
             "silent_hints": len(self.silent),
             "left_out": len(self.left_out),
             "truncated": sum(i.truncated for i in (*self.new, *self.replay)),
-            "replayed": rehearsed,
-            "replay_share": rehearsed / len(self.used) if self.used else 0.0,
+            "replayed": sum(passes > 0 for passes in rehearsed),
+            "replay_share": sum(rehearsed) / self.used.total() if self.used else 0.0,
             "peak_memory_bytes": peak_memory_bytes(),
             "steps": self.steps,
             "tokens": self.tokens,
