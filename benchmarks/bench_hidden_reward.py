@@ -11,6 +11,7 @@ answers. A second run on the same folder makes no sketch again.
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,12 +171,14 @@ def sketched(pool: Sequence[Answer], data_dir: Path) -> Hidden:
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--data-dir", type=Path, default=Path("/tmp/gradatim-bench-hidden"))
+    parser.add_argument("--data-dir", type=Path, help="keeps the converted model between runs")
     args = parser.parse_args()
-    args.data_dir.mkdir(parents=True, exist_ok=True)
     pool = answers(LABELS + FRESH, seed=0)
-    source = sketched(pool, args.data_dir)
-    table = [one_run(pool, source, seed) for seed in range(1 if args.quick else args.seeds)]
+    with tempfile.TemporaryDirectory() as scratch:
+        data_dir: Path = args.data_dir or Path(scratch)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        source = sketched(pool, data_dir)
+        table = [one_run(pool, source, seed) for seed in range(1 if args.quick else args.seeds)]
     mean = {key: float(np.mean([row[key] for row in table])) for key in table[0]}
     kept = float(np.mean([row["with error"] <= RISK for row in table]))
     goals = [
