@@ -2,10 +2,10 @@
 
 SmolLM2-135M, LoRA of rank 16 on all linear layers, AdamW and clipping on both sides, one thread. TRL's own
 ``training_step`` is called on our batch, in the mode that is fastest for it: its model in the dtype of the run, bf16
-autocast in bf16, no gradient checkpointing. Both sides alternate in one process and are timed in process CPU seconds,
-so that other load on the machine hardly matters. Peaks are of one process each, less what it
-held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL accumulates the
-gradients of 4 passes of 4.
+autocast in bf16, no gradient checkpointing. Both sides alternate in one process and are timed in process CPU seconds;
+still, run it on an idle machine: beside other work the ratios came out a fifth lower. Peaks are of one process each,
+less what it held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL accumulates the
+gradients of 4 passes of 4. Each part runs in a process of its own; TRL takes up to 18 GB for the long system prompt.
 
 Besides: the steps of KTO, APO-zero and SFT; a batch of agent steps behind one system prompt of 1024 tokens; the shape
 of this project's own updates, hand-written layers against the model-agnostic path; and the matrix products alone, as
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,17 +313,47 @@ class Bench:
         self.goal(f"{dtype}: our peak, 16 pairs / 4", found["ours, 16 pairs"] / found["ours"])
 
 
-def main() -> None:
+PARTS = ("trl", "streaming", "paths", "memory")
+
+
+def run_part(part: str, dtypes: Sequence[str], args: argparse.Namespace, data_dir: Path) -> Bench:
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, data_dir, Path(folder))
+        measure = {"trl": bench.run, "streaming": bench.streaming, "paths": bench.product, "memory": bench.memory}
+        for dtype in dtypes:
+            measure[part](dtype)
+    return bench
+
+
+def measured_part(part: str, args: argparse.Namespace, data_dir: Path, results: Path) -> Mapping[str, Any]:
+    """In a process of its own, which gives its memory back. One that lies in ``results`` is not measured again."""
+    kept_in = results / f"{part}.json"
+    if not kept_in.exists():
+        command = [sys.executable, __file__, "--only", part, "--data-dir", str(data_dir), "--kept-in", str(kept_in)]
+        command += ["--quick"] * args.quick + ["--all"] * args.all
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    found: Mapping[str, Any] = json.loads(kept_in.read_text())
+    return found
+
+
+def parsed() -> argparse.Namespace:
     parser = harness.options(__doc__)
     parser.add_argument("--data-dir", type=Path, help="keeps the converted model between runs")
-    parser.add_argument(
-        "--only", choices=["trl", "streaming", "paths", "memory"], help="one part of it; nothing is kept"
-    )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="one of them; nothing is kept")
+    parser.add_argument("--results", type=Path, help="where finished parts are kept (default: a temporary folder)")
+    parser.add_argument("--only", choices=PARTS, help="one part of it, printed and not kept")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="with --only: one of them")
     parser.add_argument("--all", action="store_true", help="16 pairs and long prompts in float32 too: 15 minutes more")
+    parser.add_argument("--kept-in", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--peak", choices=["ours", "trl", "trl-checkpointing"], help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=int, default=MICRO, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.dtype and not (args.only or args.peak):
+        parser.error("--dtype goes with --only")
+    return args
+
+
+def main() -> None:
+    args = parsed()
     torch.set_num_threads(1)
     if args.peak:
         peak_bytes(args.peak, args)
@@ -333,20 +364,20 @@ def main() -> None:
         except ImportError as e:
             raise SystemExit(f"{e.name} is missing: pip install 'gradatim[bench]', or --only paths") from e
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(args, args.data_dir or Path(folder) / "data", Path(folder))
-        for dtype in (
-            [args.dtype] if args.dtype else ["float32", "bfloat16"]
-        ):  # float32 first: it is what bfloat16 is compared with
-            if args.only in (None, "trl"):
-                bench.run(dtype)
-            if args.only in (None, "streaming"):
-                bench.streaming(dtype)
-            if args.only in (None, "paths"):
-                bench.product(dtype)
-            if args.only in (None, "memory"):
-                bench.memory(dtype)
-    args.quick = args.quick or bool(args.only or args.dtype)  # a part is no result to keep
-    harness.report("bench_dpo_step", bench.goals, bench.details, args)
+        data_dir: Path = args.data_dir or Path(folder) / "data"
+        if args.only:  # float32 first: it is what bfloat16 is compared with
+            bench = run_part(args.only, [args.dtype] if args.dtype else ["float32", "bfloat16"], args, data_dir)
+            goals, details = bench.goals, bench.details
+        else:
+            results: Path = args.results or Path(folder) / "results"
+            results.mkdir(parents=True, exist_ok=True)
+            parts = [measured_part(part, args, data_dir, results) for part in PARTS]
+            goals = [harness.Goal(**goal) for part in parts for goal in part["goals"]]
+            details = {name: value for part in parts for name, value in part["details"].items()}
+    if args.kept_in:
+        args.kept_in.write_text(json.dumps({"goals": [asdict(g) for g in goals], "details": details}))
+    args.quick = args.quick or bool(args.only)  # a part is no result to keep
+    harness.report("bench_dpo_step", goals, details, args)
 
 
 if __name__ == "__main__":
