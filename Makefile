@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 ARGS ?=
 THREADS := OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0
 
-.PHONY: help demo test test-slow check bench format clean
+.PHONY: help demo test test-slow kills check bench format clean
 
 help:  ## what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,9 @@ test: $(STAMP)  ## the fast tests
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+kills: $(STAMP)  ## kill -9 a thousand times, some hours (ARGS="--kills 10": fewer)
+	$(THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_kill.py -m slow -s --timeout 86400 --kills 1000 $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

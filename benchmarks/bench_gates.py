@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from gradatim.config import GateConfig, ReleaseConfig
+from gradatim.config import GateConfig, ReleaseConfig, ShadowConfig
+from gradatim.release.comparison import Comparison
 from gradatim.release.harm import Pairs, harm, lasting_harm, p_of_loss
 from gradatim.release.trial import Trial, levels_of
 from gradatim.release.units import CLASSES, Scored, Served
@@ -33,7 +34,7 @@ from gradatim.release.watch import Watch
 from gradatim.stats.contrast import Contrast
 from gradatim.stats.detector import Detector
 from gradatim.stats.paired import Paired
-from gradatim.types import Decision, EpisodeId
+from gradatim.types import AdapterId, Decision, EpisodeId, ShadowPair, StepId
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -354,6 +355,49 @@ def pairs(effect: float, runs: int, seed: int, discordant: float = 0.2) -> dict[
     return {"runs": runs, "median": float(np.median(at)), "passed": up / runs}
 
 
+def shadow(effect: float, changed: float, runs: int, seed: int) -> dict[str, float]:
+    """Whole comparisons of the shadow: that share of answers is judged differently, and looks no different."""
+    config, rng = ShadowConfig(prompts=3000), random.Random(seed)
+    looks = (0.0, 0.0, 0.0, 0.0, 0.3)
+    at, passed, out = [], 0, 0
+    for _ in range(runs):
+        comparison, n = Comparison(config, ["s"], judged=True), 0
+        while n < config.prompts and not (comparison.harm or comparison.proven):
+            place, n = rng.random(), n + 1
+            gain = 1.0 if place < (changed + effect) / 2 else -1.0 if place < changed else 0.0
+            live = 0.5 - gain / 2
+            comparison.take(
+                ShadowPair(
+                    adapter_id=AdapterId("agent@1"),
+                    step_id=StepId(str(n)),
+                    number=n,
+                    skill="s",
+                    guards=looks,
+                    live_guards=looks,
+                    reward=live + gain,
+                    live_reward=live,
+                )
+            )
+        at.append(n)
+        passed, out = passed + comparison.proven, out + bool(comparison.harm)
+    return {"runs": runs, "median": float(np.median(at)), "passed": passed / runs, "rejected": out / runs}
+
+
+def shadow_goals(scale: float, details: dict[str, Any]) -> list[harness.Goal]:
+    runs = max(5, round(200 * scale))
+    margin = ShadowConfig().margin
+    kinds = {"no effect": (0.0, 0.1), "no answer differs": (0.0, 0.0), "at the margin": (-margin, 0.1)}
+    kinds |= {"-10 points": (-0.1, 0.2)}
+    found = {name: shadow(*kind, runs, seed=8) for name, kind in kinds.items()}
+    details["shadow"] = found
+    return [
+        harness.Goal("shadow: passed at the margin, its edge", found["at the margin"]["passed"], "<= 0.025"),
+        harness.Goal("shadow: rejected without effect", found["no effect"]["rejected"], "<= 0.05"),
+        harness.Goal("shadow: passed at -10 points", found["-10 points"]["passed"], "<= 0.005"),
+        *(harness.Goal(f"shadow: median prompts, {name}", of["median"]) for name, of in found.items()),
+    ]
+
+
 def boil(candidates: int, cases: int, anchored: bool, turnover: float, seed: int) -> float:
     """True loss against the anchor after a stream of candidates, each 0.01 +- 0.01 worse than the live adapter, judged
     by the shipped rules for losses: of live alone, or of live and anchor on the same cases. Before each candidate a
@@ -515,6 +559,7 @@ def main() -> None:
         canary_goals,
         watch_goals,
         other_goals,
+        shadow_goals,
         peer_goals,
     )
     goals: list[harness.Goal] = []

@@ -119,6 +119,7 @@ class LearnerConfig:
     min_examples: int = 12  # an update waits for this many new examples with a good answer,
     max_wait_s: float = 20.0  # or, once there is something to replay, until the oldest has waited this long
     max_examples: int = 24  # new examples in one update
+    user_share: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0  # of them that one named user may give; more are dropped
     max_length: int = 2048  # tokens of prompt + answer; a longer prompt loses its left end
     retain_every: int = 4  # one in this many verified examples is kept for the gate and never trained on
     threads: int = 1
@@ -145,6 +146,7 @@ class GateConfig:
     repair: float = 3.0  # harm of up to this many margins has the step halved, twice at most; beyond, it is refused
     suite: str = ""  # your own cases: a JSONL file or a folder; empty: none. The loop then holds an engine of its own
     max_delta_norm: float = 0.2  # largest ||delta W|| / ||W|| of any layer
+    min_users: Annotated[int, Field(ge=0)] = 0  # named users behind an update, at least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,8 @@ class DriftConfig:
     season_s: Annotated[float, Field(ge=0.0)] = 86_400.0  # the day, whose course is learned for two of it; 0: none
     skills: Annotated[int, Field(ge=0, le=256)] = 16  # that are watched each for itself, the first ones
     confirm_episodes: Annotated[int, Field(ge=1)] = 4000  # rated ones after a fall; with no answer by then: unknown
+    haste: Annotated[float, Field(ge=1.0)] = 2.0  # times the learning rate, where it adapts,
+    haste_updates: Annotated[int, Field(ge=0)] = 5  # for so many updates after the world changed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +231,25 @@ class CriticConfig:
     @property
     def called(self) -> str:
         return self.name or self.use.partition(":")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowConfig:
+    """Recent prompts that a candidate and the live adapter answer again before the candidate may go on."""
+
+    __pydantic_config__ = _STRICT
+    prompts: Annotated[int, Field(ge=0)] = 0  # the most for one candidate; 0: no such stage
+    least: Annotated[int, Field(ge=1)] = 100  # prompts without which nothing is decided for it
+    critic: CriticConfig | None = None  # judges the answers; one that gives feedback to learn from may not
+    tools: str = ""  # a JSON file of tools, as in OpenAI's requests, that calls in answers are held to
+    margin: Annotated[float, Field(ge=0.0, le=0.5)] = 0.03  # of the critic's mean reward that may be lost
+    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.025  # chance of passing one that loses the margin
+    alpha_worse: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05  # chance of rejecting one that is not worse
+    undecided: Literal["reject", "pairs"] = "reject"  # pairs: those of the replay gate, where there are min_pairs
+    at_once: Annotated[int, Field(ge=1)] = 8  # prompts between two looks at what else there is to do
+    max_tokens: Annotated[int, Field(ge=1)] = 256  # of an answer
+    skills: Annotated[int, Field(ge=1)] = 16  # that are looked at each for itself
+    horizon_s: Annotated[float, Field(gt=0)] = 86_400.0  # an undecided shadow ends after this
 
 
 Signal = Literal["reask", "correcting", "thanks", "tool_error", "recovery", "edited", "retry", "abandoned"]
@@ -278,6 +301,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     traffic: TrafficConfig = field(default_factory=TrafficConfig)
     release: ReleaseConfig = field(default_factory=ReleaseConfig)
+    shadow: ShadowConfig = field(default_factory=ShadowConfig)
     drift: DriftConfig = field(default_factory=DriftConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     critics: CriticsConfig = field(default_factory=CriticsConfig)

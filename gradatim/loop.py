@@ -57,7 +57,7 @@ def is_ripe(examples: Sequence[Example], live: AdapterId, config: LearnerConfig,
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Examples for the next update, the cursor after them, and how many bad answers alone were left out before it."""
+    """Examples for the next update, the cursor after them, and how many were passed over before it."""
 
     cursor: int
     examples: Sequence[Example]
@@ -132,10 +132,11 @@ class Loop:
         """What the next update would learn from, with room left for ``beside``.
 
         Of bad answers without a good one to the same prompt it takes the first few and passes over the others, which
-        have their use when a good one comes and makes a pair of them.
+        have their use when a good one comes and makes a pair of them; and so over what is more than one named user's
+        share.
         """
         most = max(self.learning.max_examples - beside, self.learning.min_examples)
-        alone = most // 8
+        alone, of_one = most // 8, max(1, int(self.learning.user_share * most))
         newest: dict[str, Example] = {}
         passed_over = 0
         cursor = self.store.cursor(LEARNED)
@@ -147,7 +148,8 @@ class Loop:
             newest.pop(example.step_id, None)
             if not usable:
                 continue
-            if not example.instructive and sum(not e.instructive for e in newest.values()) >= alone:
+            flooded = example.user and sum(e.user == example.user for e in newest.values()) >= of_one
+            if flooded or (not example.instructive and sum(not e.instructive for e in newest.values()) >= alone):
                 passed_over += 1
                 continue
             newest[example.step_id] = example

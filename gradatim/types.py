@@ -452,5 +452,28 @@ class Sketch:
     position: int  # of the feedback for which it was made first
 
 
-Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone | Sketch
-KEPT: Sequence[type[Kept]] = (MemoryEntry, MemoryKey, MemorySpace, MemoryUse, MemoryEpoch, Tombstone, Sketch)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShadowPair:
+    """How a candidate and the live adapter answered one recorded prompt again; the answers are not kept."""
+
+    adapter_id: AdapterId  # the candidate
+    step_id: StepId  # whose prompt it was
+    number: int  # in the order in which they are compared
+    skill: str
+    guards: tuple[float, ...]  # how bad the candidate's answer looks, in [0, 1]; see ``release.comparison``
+    live_guards: tuple[float, ...]
+    reward: float | None = None  # of the candidate's answer, in [0, 1]; None: the critic did not judge it
+    live_reward: float | None = None
+
+
+Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone | Sketch | ShadowPair
+KEPT: Sequence[type[Kept]] = (
+    MemoryEntry,
+    MemoryKey,
+    MemorySpace,
+    MemoryUse,
+    MemoryEpoch,
+    Tombstone,
+    Sketch,
+    ShadowPair,
+)

@@ -147,6 +147,28 @@ def test_from_feedback_to_a_decision(store: Store, decision: Decision, stage: St
     assert [a for a, s in stages.items() if s is Stage.LIVE] == [live]
 
 
+def test_the_shadow_stands_between_candidate_and_live_and_every_move_has_its_verdict(store: Store) -> None:
+    good_episode(store)
+    for last, stage in ((Decision.WAIT, Stage.SHADOW), (Decision.PASS, Stage.LIVE)):
+        loop, _ = loop_on(store)
+        loop.gates = {Stage.CANDIDATE: [FixedGate(Decision.PASS)], Stage.SHADOW: [FixedGate(last, name="shadow")]}
+        loop.path = {Stage.CANDIDATE: Stage.SHADOW, Stage.SHADOW: Stage.LIVE}
+        run(loop)
+        assert store.stages("agent")[AdapterId("agent@1")] is stage
+    told = [(v.gate, v.decision) for _, v in store.read(Verdict, adapter_id="agent@1")]
+    assert told == [("fixed", Decision.PASS), ("shadow", Decision.PASS)]
+
+
+def test_one_named_user_cannot_fill_an_update(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.learning = LearnerConfig(min_examples=1, max_examples=8, user_share=0.25)
+    for i in range(12):
+        user = "mallory" if i < 8 else ""
+        store.append(step(f"s{i}", f"e{i}", user=user), feedback("outcome", f"e{i}", value=1.0))
+    run(loop, turns=1)
+    assert [i.partition("#")[0] for i in learner.calls[0][0]] == ["s0", "s1", "s8", "s9", "s10", "s11"]
+
+
 def test_the_learner_is_shown_what_users_were_answered_last(store: Store) -> None:
     loop, learner = loop_on(store)
     for k in range(12):

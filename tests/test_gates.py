@@ -297,3 +297,16 @@ def test_the_test_of_a_mean_is_that_of_scipy() -> None:
     gains = [dice.gauss(-0.1, 0.3) for _ in range(24)]
     assert p_of_loss(gains) == pytest.approx(stats.ttest_1samp(gains, 0.0, alternative="less").pvalue)
     assert [p_of_loss(g) for g in ([], [-1.0], [0.0, 0.0], [-0.5, -0.5], [0.5, 0.5])] == [1.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_an_update_of_too_few_users_does_not_pass(tmp_path: Path) -> None:
+    users = ["ann", "ann", "", "bob"]
+    taught = [example(f"x{i}", user=user) for i, user in enumerate(users)]
+    with open_store(tmp_path / "s.db") as store:
+        store.append(*taught, update(example_ids=tuple(e.id for e in taught)))
+        for wanted, decision in ((0, Decision.PASS), (2, Decision.PASS), (3, Decision.FAIL)):
+            gate = StaticGate(store, TableScorer({}), GateConfig(min_users=wanted))
+            verdict = gate.check(CANDIDATE, BASE, BASE)
+            assert verdict.decision is decision
+            assert verdict.evidence.get("users", 2.0) == 2.0
+    assert verdict.reason == "2 named users are behind it, and 3 are asked for"

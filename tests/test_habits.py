@@ -12,11 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradatim.learner.habits import FLATTERIES, REFUSALS, WRONG_CLAIMS, Habits, Phrases, expected_length
+from gradatim.learner.habits import WRONG_CLAIMS, Habits, Phrases, expected_length
 from gradatim.learner.run import Run
 from gradatim.learner.trainable import Trainable, trainable
 from gradatim.nn.base import Base
 from gradatim.nn.pack import Answer
+from gradatim.phrases import FLATTERIES, REFUSALS
 from tests import records
 from tests.test_learner import CONFIG, base_adapter, imitate, learner
 from tests.tiny import tiny_base, tiny_model, tiny_weights

@@ -196,14 +196,14 @@ def test_paired_bets_keep_their_level_and_find_a_difference() -> None:
 def test_pairs_the_other_way_round_swap_the_directions(differences: list[float], bound: float) -> None:
     one, other = Paired(bound, 1), Paired(-bound, -1)
     assert one.update(differences) == pytest.approx(other.update([-d for d in differences]), abs=1e-9)
-    wealth = [1.0] * len(paired.ALTERNATIVES)
+    wealth = list(paired.SHARES)
     for i, d in enumerate(differences):
         seen = differences[:i]
         n, mean = 4 + i, sum(seen) / (4 + i)
         variance = max((0.4 + sum(x * x for x in seen)) / n - mean**2, 1e-3)
         bets = [min(a / variance, 0.75 / (1 + abs(bound))) for a in paired.ALTERNATIVES]
         wealth = [w * (1 + bet * (d - bound)) for w, bet in zip(wealth, bets, strict=True)]
-    assert one.log_e == pytest.approx(math.log(sum(wealth) / len(wealth)), abs=1e-8)
+    assert one.log_e == pytest.approx(math.log(sum(wealth)), abs=1e-8)
 
 
 def test_what_cannot_be_is_refused() -> None:

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
-from gradatim.config import Config
+from gradatim.config import Config, MemoryConfig
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
-from gradatim.types import Adapter, AdapterId, Stage
+from gradatim.types import ON_THE_WAY, Adapter, AdapterId, Episode, Stage, Step
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from gradatim.nn.base import Base
     from gradatim.protocols import CreditAssigner, Gate
     from gradatim.release.drift import Drift
+    from gradatim.release.shadow import ShadowGate
     from gradatim.reward import AuditedReward, Hidden
 
 
@@ -109,7 +113,8 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
 
 def check_critics(config: Config) -> None:
     """ConfigError, before anything else is begun, where a critic of the configuration cannot be made, or code that it
-    runs in a sandbox could read the records."""
+    runs in a sandbox could read the records; or where the shadow's also gives feedback to learn from."""
+    _check_shadow(config)
     if not config.critics.run:
         return
     from gradatim.feedback.sandbox import readable
@@ -127,6 +132,20 @@ def check_critics(config: Config) -> None:
                 f"{data_dir} lies in {shown}, which code in a sandbox can read; choose another --data-dir"
             )
     with Bench(config.critics.run) as bench:
+        bench.check()
+
+
+def _check_shadow(config: Config) -> None:
+    if config.shadow.critic is None:
+        return
+    from gradatim.feedback.worker import Bench
+
+    critic = config.shadow.critic
+    if any((critic.use, critic.options) == (other.use, other.options) for other in config.critics.run):
+        raise ConfigError(
+            f"shadow.critic: {critic.use} gives feedback to learn from; another one must judge the shadow"
+        )
+    with Bench([critic]) as bench:
         bench.check()
 
 
@@ -180,6 +199,7 @@ def build_loop(
     """``judges``: where the caller wants to look at them; else made here."""
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
+    from gradatim.learner.pace import Pace
     from gradatim.learner.replay import StoreReplay
     from gradatim.learner.scorer import TorchScorer
     from gradatim.loop import Loop
@@ -195,14 +215,14 @@ def build_loop(
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
     offline = (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
     gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*offline, *_suite_gate(config, base))}
-    path = {Stage.CANDIDATE: Stage.LIVE}
+    if config.shadow.prompts:
+        gates[Stage.SHADOW] = (build_shadow(config, store, base),)
     if config.release.canary:
         gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
-        path = {Stage.CANDIDATE: Stage.CANARY, Stage.CANARY: Stage.LIVE}
     if config.mode == "propose":
         last = Stage.CANARY if config.release.canary else Stage.SHADOW
         gates[last] = (*gates.get(last, ()), PersonGate())
-        path[Stage.CANDIDATE] = last
+    way = [stage for stage in (*ON_THE_WAY, Stage.LIVE) if stage in gates or stage is Stage.LIVE]
     return Loop(
         name=config.name,
         store=store,
@@ -216,9 +236,9 @@ def build_loop(
             skills=skills,
         ),
         replay=StoreReplay(store, config.name, config.learner.seed),
-        learner=LoraLearner(base, config.learner, config.data_dir, config.name),
+        learner=LoraLearner(base, config.learner, config.data_dir, config.name, Pace(store, config.drift)),
         gates=gates,
-        path=path,
+        path=dict(pairwise(way)),
         cool_down_s=config.release.cool_down_s,
         config=config.loop,
         learning=config.learner,
@@ -233,3 +253,30 @@ def _suite_gate(config: Config, base: Base) -> tuple[Gate, ...]:
     if not config.gate.suite:
         return ()
     return (SuiteGate(load_suite(Path(config.gate.suite)), Answers(build_engine(config, base)), config.gate),)
+
+
+def build_shadow(config: Config, store: SqlStore, base: Base) -> ShadowGate:
+    """With an engine and, where one is configured, a critic's process of its own; both begin when first needed."""
+    from gradatim.app.answering import Replays
+    from gradatim.feedback.checks import tool_schema
+    from gradatim.feedback.worker import Bench
+    from gradatim.release.comparison import is_malformed_call
+    from gradatim.release.shadow import ShadowGate
+    from gradatim.store import SqlShelf
+
+    shadow = config.shadow
+    engine = replace(config.engine, threads=config.learner.threads, adapter_slots=2)
+    plain = replace(config, engine=engine, memory=MemoryConfig())  # answers are compared without what is remembered
+    of_schema = tool_schema(shadow.tools) if shadow.tools else None
+
+    def unsound(step: Step) -> bool:
+        return of_schema is not None and of_schema(Episode(id=step.episode_id, steps=(step,))) is not None
+
+    return ShadowGate(
+        store,
+        SqlShelf(store.engines),
+        config,
+        Replays(build_engine(plain, base), shadow.max_tokens),
+        partial(Bench([shadow.critic]).ask, 0) if shadow.critic else None,
+        unsound=unsound if shadow.tools else is_malformed_call,
+    )

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,8 +53,12 @@ PROBE_EXAMPLES = 8  # new and replayed examples, each, that are scored once more
 class LoraLearner:
     """A ``protocols.Learner`` that trains a LoRA adapter on a frozen base."""
 
-    def __init__(self, base: Base, config: LearnerConfig, data_dir: Path, name: str) -> None:
+    def __init__(
+        self, base: Base, config: LearnerConfig, data_dir: Path, name: str, pace: Callable[[], float] = lambda: 1.0
+    ) -> None:
+        """``pace``: times the configured learning rate, asked before every update."""
         self._base = base
+        self._pace = pace
         self._config = config
         self._data_dir = data_dir
         self._name = name
@@ -244,7 +248,9 @@ class LoraLearner:
     ) -> None:
         """One gradient step a batch from ``first`` (P,), inside the trust region: a step that went too far is taken
         back, and the next ones are half as long. After ``BACKTRACKS`` of them the update ends where it is."""
-        lr = self._config.lr
+        pace = self._pace()
+        run.figures["pace"] = pace
+        lr = self._config.lr * pace
         last = first.clone()
         for batch in batches:
             if self._gradient(run, lora, batch):

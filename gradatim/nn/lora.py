@@ -193,6 +193,7 @@ def write_adapter(
         _fsync(tmp)
         os.rename(tmp, folder)
         _fsync(folder.parent)
+        _fsync(folder.parent.parent)  # where the folder of all adapters may be new
     except OSError as e:
         raise AdapterError(f"cannot write {folder}: {e.strerror}") from e
     finally:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gradatim.config import Config
 from gradatim.protocols import Store
-from gradatim.release.gates import orphaned
+from gradatim.release.gates import offline_pairs, orphaned
 from gradatim.release.trial import Trial
 from gradatim.release.units import CLASSES, Units, Usual, class_of
 from gradatim.types import Adapter, Decision, Feedback, Move, Stage, Step, Verdict
@@ -122,9 +122,9 @@ class CanaryGate:
             release, before.required, min(release.min_users, before.users), at, level=self._first_level(before)
         )
         small = before.rated_per_s * release.horizon_s < release.decidable
-        pairs = self._offline_pairs(candidate) if small else 0.0
+        pairs = offline_pairs(self._store, candidate, release) if small else 0.0
         units = Units(self._store, self._config, candidate.id, live.id, position, before.usual)
-        return _Run(position, at, units, trial, pairs if pairs >= release.min_pairs else 0.0)
+        return _Run(position, at, units, trial, pairs)
 
     def _first_level(self, before: Before) -> int:
         """The smallest share that the traffic fills within a step of the ramp; the largest where none is."""
@@ -132,11 +132,6 @@ class CanaryGate:
         expected = before.served_per_s * max(1.0, release.ramp_s)
         enough = (i for i, share in enumerate(release.ramp) if share * expected >= release.ramp_episodes)
         return next(enough, len(release.ramp) - 1)
-
-    def _offline_pairs(self, candidate: Adapter) -> float:
-        for _, verdict in self._store.newest(Verdict, adapter_id=candidate.id, gate="replay"):
-            return verdict.evidence.get("cases", 0.0) if verdict.decision is Decision.PASS else 0.0
-        return 0.0
 
     def _verdict(
         self, candidate: Adapter, live: Adapter, decision: Decision, reason: str, evidence: dict[str, float]

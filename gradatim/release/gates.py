@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gradatim.config import GateConfig
+from gradatim.config import GateConfig, ReleaseConfig
 from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Scorer, Store
 from gradatim.release.cases import Cases
@@ -30,6 +30,14 @@ def orphaned(candidate: Adapter, live: Adapter) -> str:
     return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"
 
 
+def offline_pairs(store: Store, candidate: Adapter, release: ReleaseConfig) -> float:
+    """Known good answers on which the replay gate passed it, where they are enough to carry a decision; else 0."""
+    for _, verdict in store.newest(Verdict, adapter_id=candidate.id, gate=ReplayGate.name):
+        cases = verdict.evidence.get("cases", 0.0)
+        return cases if verdict.decision is Decision.PASS and cases >= release.min_pairs else 0.0
+    return 0.0
+
+
 def _update(store: Store, candidate: Adapter) -> Update | None:
     """What made it."""
     found = store.read(Update, id=candidate.update_id)
@@ -37,7 +45,7 @@ def _update(store: Store, candidate: Adapter) -> Update | None:
 
 
 class StaticGate:
-    """Its files match their digest, it descends from the live adapter, its update was finite and small."""
+    """Its files match their digest, its parent is the live adapter, its update finite, small and of enough users."""
 
     name = "static"
 
@@ -49,16 +57,28 @@ class StaticGate:
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
         update = _update(self._store, candidate)
         metrics = update.metrics if update else {}
-        problem = self._problem(candidate, live, metrics)
+        users = self._users(update) if update and self._config.min_users else None
+        problem = self._problem(candidate, live, metrics) or self._too_few(users)
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
             gate=self.name,
             decision=Decision.FAIL if problem else Decision.PASS,
             against=(live.id,),
-            evidence={k: v for k, v in metrics.items() if math.isfinite(v)},
+            evidence={k: v for k, v in metrics.items() if math.isfinite(v)}
+            | ({} if users is None else {"users": float(users)}),
             reason=problem or "digest, lineage, finiteness and size are in order",
         )
+
+    def _users(self, update: Update) -> int:
+        """Named ones, behind what it was taught."""
+        found = (e for i in update.example_ids for _, e in self._store.newest(Example, id=i))
+        return len({e.user for e in found if e.user})
+
+    def _too_few(self, users: int | None) -> str:
+        if users is None or users >= self._config.min_users:
+            return ""
+        return f"{users} named users are behind it, and {self._config.min_users} are asked for"
 
     def _problem(self, candidate: Adapter, live: Adapter, metrics: Mapping[str, float]) -> str:
         if candidate.parent_id != live.id:

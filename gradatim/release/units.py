@@ -86,7 +86,7 @@ def is_broken(step: Step) -> bool:
     ids = step.completion_ids
     if not step.text.strip() or step.text.count("\ufffd") > len(step.text) / 10:
         return True
-    if step.logprobs and sum(step.logprobs) / len(step.logprobs) < _UNLIKELY:
+    if step.logprobs and not sum(step.logprobs) / len(step.logprobs) >= _UNLIKELY:  # NaN is broken too
         return True
     return _longest_run(ids) >= _RUN or (len(ids) >= 4 * _RUN and len(set(ids)) < len(ids) / 10)
 

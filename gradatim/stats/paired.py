@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-ALTERNATIVES = (0.01, 0.02, 0.05, 0.1, 0.2)  # means beyond the bound that are bet on
+ALTERNATIVES = (0.01, 0.02, 0.05, 0.1, 0.2)  # means beyond the bound that are bet on,
+SHARES = (0.1, 0.25, 0.4, 0.15, 0.1)  # with these shares of the wealth at the start: most on what must be found soon
 _MOST = 0.75  # of its wealth that a bet may lose in one step
 _PRIOR = 4.0  # pairs that are thought before the first, with variance 1/10
 
@@ -21,21 +22,25 @@ class Paired:
         if not -0.5 <= bound <= 0.5 or direction not in (1, -1):
             raise ValueError("a bound lies in [-0.5, 0.5], a direction is 1 or -1")
         self._bound, self._direction = bound, direction
-        self._wealth = [0.0] * len(ALTERNATIVES)  # log
+        self._wealth = [math.log(share) for share in SHARES]
         self._n, self._sum, self._squares = _PRIOR, 0.0, _PRIOR * 0.1
 
     @property
     def log_e(self) -> float:
         top = max(self._wealth)
-        return top + math.log(sum(math.exp(w - top) for w in self._wealth) / len(self._wealth))
+        return top + math.log(sum(math.exp(w - top) for w in self._wealth))
 
-    def update(self, differences: Sequence[float]) -> list[float]:
-        """The next N pairs; log e after each. ValueError for a difference that is not in [-1, 1]."""
+    def update(self, differences: Sequence[float], *, learn: bool = True) -> list[float]:
+        """The next N pairs; log e after each. ``learn``: whether later bets go by them too. ValueError for a difference
+        that is not in [-1, 1]."""
         out = []
         for difference in differences:
             if not -1.0 <= difference <= 1.0:
                 raise ValueError(f"a difference of two rewards lies in [-1, 1], not {difference}")
             self._take(difference)
+            if learn:
+                self._n, self._sum = self._n + 1, self._sum + difference
+                self._squares += difference**2
             out.append(self.log_e)
         return out
 
@@ -46,4 +51,3 @@ class Paired:
         largest = _MOST / (1.0 + abs(self._bound))
         for k, d in enumerate(ALTERNATIVES):
             self._wealth[k] += math.log1p(min(d / variance, largest) * gain)
-        self._n, self._sum, self._squares = self._n + 1, self._sum + difference, self._squares + difference**2

@@ -36,6 +36,7 @@ from gradatim.types import (
     MemoryUse,
     Move,
     Reward,
+    ShadowPair,
     Sketch,
     Stage,
     Step,
@@ -363,6 +364,18 @@ reward_sketches = _shelf(
     by=("episode_id",),
 )
 
+shadow_pairs = _shelf(
+    "shadow_pairs",
+    _id("adapter_id"),
+    _id("step_id"),
+    _int("number"),
+    _key("skill"),
+    _coded("guards", FLOATS),
+    _coded("live_guards", FLOATS),
+    _float("reward", null=True),
+    _float("live_reward", null=True),
+)
+
 SHELF: Mapping[type[Any], Table] = {
     MemoryEntry: memory_entries,
     MemoryKey: memory_keys,
@@ -371,6 +384,7 @@ SHELF: Mapping[type[Any], Table] = {
     MemoryEpoch: memory_epochs,
     Tombstone: memory_tombstones,
     Sketch: reward_sketches,
+    ShadowPair: shadow_pairs,
 }
 
 # ------------------------------------------------------------------------------ the facts that may change
