@@ -4,8 +4,9 @@ SmolLM2-135M, LoRA of rank 16 on all linear layers, AdamW and clipping on both s
 ``training_step`` is called on our batch, in the mode that is fastest for it: its model in the dtype of the run, bf16
 autocast in bf16, no gradient checkpointing. Both sides alternate in one process and are timed in process CPU seconds;
 still, run it on an idle machine: beside other work the ratios came out a fifth lower. Peaks are of one process each,
-less what it held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL accumulates the
-gradients of 4 passes of 4. Each part runs in a process of its own; TRL takes up to 18 GB for the long system prompt.
+less what it held before its first step. A batch of 16 pairs does not fit TRL's memory here in one pass: TRL
+accumulates the gradients of 4 passes of 4. Each part runs in a process of its own; TRL takes up to 18 GB for the long
+system prompt.
 
 Besides: the steps of KTO, APO-zero and SFT; a batch of agent steps behind one system prompt of 1024 tokens; the shape
 of this project's own updates, hand-written layers against the model-agnostic path; and the matrix products alone, as
