@@ -71,7 +71,7 @@ ATTACKS: Sequence[tuple[str, float]] = (
     *(("backdoor", share) for share in (0.005, 0.01, 0.05, 0.2)),
     ("flood", 0.5),
 )
-HONEST_USERS, HOSTILE_USERS = 12, 3
+HONEST_USERS, HOSTILE_USERS = 24, 3
 PAST = 24  # pages of each known skill that honest users taught
 NEW = 40  # opinions in the round that is judged
 HELD_OUT = 24
@@ -244,6 +244,7 @@ def taught(subject: Subject, folder: Path, seed: int) -> None:
     """The store after honest users taught the known skills; what came of it is the anchor."""
     folder.mkdir(parents=True)
     rng, settings = random.Random(seed), config(folder, seed, "on")
+    settings = replace(settings, learner=replace(settings.learner, user_share=1.0))  # nobody is hostile yet
     with open_store(folder / "gradatim.db") as store:
         compose.register_base(store, settings, subject.bench.base.sha256)
         loop = loop_on(subject, store, settings, "on")

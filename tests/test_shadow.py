@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gradatim.app.answering import Replays
 from gradatim.app.compose import check_critics
 from gradatim.config import Config, CriticConfig, CriticsConfig, EngineConfig, ShadowConfig
-from gradatim.errors import ConfigError, DamagedAdapterError
+from gradatim.errors import AdapterError, ConfigError
 from gradatim.feedback.critics import opinion
 from gradatim.nn.base import Base
 from gradatim.release.comparison import GUARDS, Comparison, guards, is_malformed_call
@@ -219,11 +219,18 @@ def test_a_candidate_of_another_parent_or_with_damaged_files_is_out(store: SqlSt
     begin(store)
     assert "no longer live" in gate(store, Arms(str)).check(CANDIDATE, adapter(3, parent=0), LIVE).reason
 
+    broken = [LIVE.id, CANDIDATE.id]
+
     def damaged(of: Adapter, steps: Sequence[Step]) -> Sequence[Step]:
-        raise DamagedAdapterError(CANDIDATE.id, "digest mismatch")
+        if of.id in broken:
+            raise AdapterError(f"{of.id}: digest mismatch")
+        return [as_answered(s, of) for s in steps]
 
     shadow = ShadowGate(store, SqlShelf(store.engines), Config(shadow=SHADOW), damaged, clock=lambda: BEGAN)
     assert shadow.check(CANDIDATE, LIVE, LIVE).decision is Decision.FAIL
+    broken.pop()
+    with pytest.raises(AdapterError, match="agent@0"):  # the live one's files are no fault of the candidate
+        shadow.check(CANDIDATE, LIVE, LIVE)
 
 
 # ------------------------------------------------------------------------------------------------ prompts

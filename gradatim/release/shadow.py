@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gradatim.config import Config
-from gradatim.errors import DamagedAdapterError
+from gradatim.errors import AdapterError
 from gradatim.protocols import Shelf, Store
 from gradatim.release.comparison import GUARDS, Comparison, guards, is_malformed_call
 from gradatim.release.gates import offline_pairs, orphaned
@@ -66,12 +66,8 @@ class ShadowGate:
         run = self._followed(candidate)
         if candidate.parent_id != live.id or run is None:
             return self._verdict(candidate, live, Decision.FAIL, orphaned(candidate, live), {})
-        try:
-            self._advance(run, candidate, live)
-        except DamagedAdapterError as e:
-            if e.adapter_id != candidate.id:
-                raise
-            return self._verdict(candidate, live, Decision.FAIL, str(e), {})
+        if problem := self._advance(run, candidate, live):
+            return self._verdict(candidate, live, Decision.FAIL, problem, {})
         pairs = offline_pairs(self._store, candidate, self._config.release)
         decision, reason = self._decide(run, pairs)
         return self._verdict(candidate, live, decision, reason, {"offline_pairs": pairs, **run.comparison.evidence()})
@@ -112,19 +108,25 @@ class ShadowGate:
             run.done = pair.number + 1
         return run
 
-    def _advance(self, run: _Run, candidate: Adapter, live: Adapter) -> None:
+    def _advance(self, run: _Run, candidate: Adapter, live: Adapter) -> str:
+        """A few prompts more; why the candidate cannot answer at all, or nothing."""
         if run.comparison.harm or run.comparison.proven:
-            return
+            return ""
         chosen = run.prompts.take(run.done, self._shadow.at_once)
         after = min(len(run.prompts), run.done + self._shadow.at_once)
         steps = [step for _, step in chosen]
-        ours, lives = (self._replay(a, steps) if steps else [] for a in (candidate, live))
+        try:
+            ours = self._replay(candidate, steps) if steps else []
+        except AdapterError as e:
+            return str(e)
+        lives = self._replay(live, steps) if steps else []
         made = [self._pair(candidate, run, *one) for one in zip(chosen, ours, lives, strict=True)]
         pairs = [pair for pair in made if pair is not None]
         self._shelf.change(put=pairs)
         for pair in pairs:
             run.comparison.take(pair)
         run.done = after
+        return ""
 
     def _pair(
         self, candidate: Adapter, run: _Run, chosen: tuple[int, Step], ours: Step | None, live: Step | None
