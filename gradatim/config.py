@@ -63,14 +63,18 @@ class RewardConfig:
     hidden: bool = False  # the model's own states over an answer are one more source; a pass over each judged answer
 
 
+CreditMethod = Literal["fork", "anchor", "decomposition", "gae", "implicit"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreditConfig:
     """How the reward of a long episode is shared out over its steps, beside what was said of single ones."""
 
     __pydantic_config__ = _STRICT
-    order: tuple[Literal["fork", "anchor", "decomposition"], ...] = ("fork", "anchor", "decomposition")  # then outcome
+    order: tuple[CreditMethod, ...] = ("fork", "anchor", "decomposition")  # then the outcome
     long_steps: int = 10  # an episode of fewer steps keeps the outcome rule
-    least_fit: float = 0.2  # share of the variance of rewards that decomposition must explain
+    least_fit: float = 0.2  # share of the variance of held-out rewards that a scorer of prefixes must explain
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95  # of gae: what a step shares in the next one's credit
     window: int = 500  # long episodes, the newest, that are looked back on
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
-    from gradatim.protocols import CreditAssigner, Gate
+    from gradatim.protocols import CreditAssigner, Gate, LogRatios
     from gradatim.release.drift import Drift
     from gradatim.reward import AuditedReward, Hidden
 
@@ -148,7 +148,7 @@ def build_judges(
     from gradatim.reward import AuditedReward
 
     reward_model = AuditedReward(store, config.reward, read_only=read_only, hidden=_hidden(config, store, base))
-    return reward_model, HorizonCredit(store, config.credit, config.reward)
+    return reward_model, HorizonCredit(store, config.credit, config.reward, ratios=_ratios(config, store, base))
 
 
 def build_drift(config: Config, store: SqlStore) -> Drift | None:
@@ -172,6 +172,16 @@ def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None
     from gradatim.learner.encoder import StateEncoder
 
     return Hidden(SqlShelf(store.engines), StateEncoder(base))
+
+
+def _ratios(config: Config, store: SqlStore, base: Base | None) -> LogRatios | None:
+    """None where nothing asks for them, or no model is at hand."""
+    if base is None or "implicit" not in config.credit.order:
+        return None
+    from gradatim.learner.ratios import StepRatios
+    from gradatim.learner.scorer import TorchScorer
+
+    return StepRatios(store, TorchScorer(base, config.learner, Path(config.data_dir)), config.name)
 
 
 def build_loop(

@@ -105,9 +105,10 @@ def _draw_episodes(console: Console, rows: list[Json]) -> None:
 
 
 def _draw_episode(console: Console, found: Json) -> None:
-    credit = found["credit"] or {"step_ids": [], "advantages": [], "methods": []}
+    credit = found["credit"] or {"step_ids": [], "advantages": [], "methods": [], "reasons": []}
     share = dict(zip(credit["step_ids"], credit["advantages"], strict=True))
     method = dict(zip(credit["step_ids"], credit["methods"], strict=True))
+    why = dict(zip(credit["step_ids"], credit["reasons"], strict=False))
     steps = [
         (
             s["id"],
@@ -116,11 +117,14 @@ def _draw_episode(console: Console, found: Json) -> None:
             s["finish_reason"],
             share.get(s["id"]),
             method.get(s["id"]),
+            output.short(why.get(s["id"], "")),
             output.short(s["text"]),
         )
         for s in found["steps"]
     ]
-    console.print(output.table(("response", "adapter", "tokens", "finish", "credit", "by", "answer"), steps, "steps"))
+    console.print(
+        output.table(("response", "adapter", "tokens", "finish", "credit", "by", "because", "answer"), steps, "steps")
+    )
     console.print(_feedback(found["feedback"]))
     console.print(output.facts(_judgement(found["reward"]), "reward"))
 
