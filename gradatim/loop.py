@@ -16,6 +16,7 @@ from itertools import islice
 
 from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.errors import DamagedAdapterError, StoreError
+from gradatim.opinions import on_own_steps
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
 from gradatim.types import (
     APPROVAL,
@@ -121,8 +122,8 @@ class Loop:
 
     def _judgement(self, case: Case) -> Sequence[Record]:
         reward = self.reward_model.score(case)
-        if reward.value is None and case.feedback:
-            return [reward]  # an abstention is a fact, and never trained on
+        if reward.value is None:  # never trained on; but what was said of single steps needs no reward
+            case = on_own_steps(case)
         credit = self.credit.assign(case, reward)
         return [reward, credit, *self.examples.build(case, reward, credit)]
 

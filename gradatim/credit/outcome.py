@@ -33,7 +33,7 @@ class OutcomeCredit:
         repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and a.id not in corrected}
         shares = [
             self._share(
-                step, case, reward.value or 0.0, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
+                step, case, reward.value, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
             )
             for step in steps
         ]
@@ -47,7 +47,9 @@ class OutcomeCredit:
             position=case.position,
         )
 
-    def _share(self, step: Step, case: Case, value: float, *, led_on: bool, repeats: bool) -> tuple[float, str, str]:
+    def _share(
+        self, step: Step, case: Case, value: float | None, *, led_on: bool, repeats: bool
+    ) -> tuple[float, str, str]:
         """Its credit, the method, and why."""
         own = [f for f in case.feedback if f.step_id == step.id]
         if any(f.kind == "correction" for f in own):
@@ -56,6 +58,8 @@ class OutcomeCredit:
         if mean is not None:
             clear = abs(mean) >= self._config.abstain_band
             return (mean if clear else 0.0), "score", f"scores of it: {mean:+.2f}{'' if clear else ', no opinion'}"
+        if value is None:
+            return 0.0, "outcome", "the reward abstained"
         if value >= 0.0 and not led_on:
             return -value, "came back", "the same prompt came back after it"
         if value >= 0.0:

@@ -22,6 +22,7 @@ from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.entries import entries_of
 from gradatim.memory.spaces import key_of
 from gradatim.memory.tell import Teller
+from gradatim.opinions import on_own_steps
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
 from gradatim.types import DRIFT, AdapterId, Case, MemoryUse, Step, StepId, Verdict, is_new_world
 
@@ -100,7 +101,9 @@ class Follower:
 
     def _remember(self, case: Case) -> None:
         reward = self._reward_model.score(case)
-        credit = None if reward.value is None else self._credit.assign(case, reward)
+        if reward.value is None:
+            case = on_own_steps(case)
+        credit = self._credit.assign(case, reward)
         entries = entries_of(
             case,
             reward,
@@ -109,7 +112,7 @@ class Follower:
             tokenizer=self._tokenizer,
             answer=lambda step_id: self._store.step(id=step_id),
         )
-        shares = {} if credit is None else dict(zip(credit.step_ids, credit.advantages, strict=True))
+        shares = dict(zip(credit.step_ids, credit.advantages, strict=True))
         uses = [
             MemoryUse(answer_id=step.id, entry_id=entry_id, value=shares[step.id])
             for step in case.episode.steps
