@@ -56,6 +56,8 @@ class RewardConfig:
     min_weight: float = 0.25  # less evidence than this abstains
     model: Literal["auto", "weighted", "calibrated"] = "auto"  # auto: calibrated once there are min_labels
     audited: tuple[str, ...] = ("human:audit*",)  # sources whose outcomes are taken for the truth; name no other
+    held_out: tuple[str, ...] = ()  # sources kept for judging, never part of the reward: is it gamed?
+    gamed: Literal["hold", "observe"] = "hold"  # while it is, nothing moves up; observe: it is told only
     min_labels: int = 100  # audited episodes, of both kinds, that other sources judged too
     risk: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # share of the calibrated model's rewards that may be wrong,
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # and how sure of that it must be

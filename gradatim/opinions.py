@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import fsum
 
 from gradatim.config import RewardConfig
@@ -15,6 +16,18 @@ _OWN = ("correction", "preference", "comment")  # kinds that say of one step wha
 def on_own_steps(case: Case) -> Case:
     """What is left to learn from where the reward abstained: nothing that an outcome or a score says."""
     return replace(case, feedback=tuple(f for f in case.feedback if f.kind in _OWN))
+
+
+def is_held_out(feedback: Feedback, config: RewardConfig) -> bool:
+    """From a source that is kept for judging."""
+    return any(fnmatchcase(feedback.source, pattern) for pattern in config.held_out)
+
+
+def without_held_out(case: Case, config: RewardConfig) -> Case:
+    """What may be learned from."""
+    if not config.held_out:
+        return case
+    return replace(case, feedback=tuple(f for f in case.feedback if not is_held_out(f, config)))
 
 
 def weight(feedback: Feedback, config: RewardConfig) -> float:

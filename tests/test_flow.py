@@ -204,6 +204,17 @@ def test_what_was_learned_of_an_episode_is_withdrawn_when_its_reward_abstains_la
     assert [e.origin for _, e in store.read(Example)] == ["success", "withdrawn"]
 
 
+def test_what_judges_only_is_not_learned_from(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.rewards = RewardConfig(held_out=("critic:tests",))
+    store.append(step("s0"), feedback("outcome", value=1.0, source="critic:tests"))
+    run(loop)
+    assert store.cursor(JUDGED) > 0 and not store.read(Reward) and not learner.calls
+    store.append(feedback("outcome", value=-1.0, source="human:alice"))
+    run(loop)
+    assert [r.value for _, r in store.read(Reward)] == [-1.0]
+
+
 def test_an_example_is_given_to_the_learner_once(store: Store) -> None:
     loop, learner = loop_on(store)
     good_episode(store)

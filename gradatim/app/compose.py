@@ -6,9 +6,11 @@ torch stand inside the functions for that reason. This module decides nothing; i
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +27,10 @@ if TYPE_CHECKING:
     from gradatim.nn.base import Base
     from gradatim.protocols import CreditAssigner, Gate, LogRatios
     from gradatim.release.drift import Drift
+    from gradatim.release.proxy import ProxyWatch
     from gradatim.reward import AuditedReward, Hidden
+
+log = logging.getLogger(__name__)
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -110,6 +115,7 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
 def check_critics(config: Config) -> None:
     """ConfigError, before anything else is begun, where a critic of the configuration cannot be made, or code that it
     runs in a sandbox could read the records."""
+    check_held_out(config)
     if not config.critics.run:
         return
     from gradatim.feedback.sandbox import readable
@@ -160,6 +166,31 @@ def build_drift(config: Config, store: SqlStore) -> Drift | None:
     return Drift(store, config, Path(config.data_dir))
 
 
+def build_proxy(config: Config, store: SqlStore) -> ProxyWatch | None:
+    """None where no source is kept for judging."""
+    if not config.reward.held_out:
+        return None
+    from gradatim.release.proxy import ProxyWatch
+
+    return ProxyWatch(store, config, Path(config.data_dir))
+
+
+def check_held_out(config: Config) -> None:
+    """ConfigError where a source is kept for judging and learned from too, or is no critic that there is. A word of
+    warning where critics are learned from and none of them is kept."""
+    reward, critics = config.reward, [f"critic:{c.called}" for c in config.critics.run]
+    if both := set(reward.held_out) & set(reward.audited):
+        raise ConfigError(f"reward.held_out: {', '.join(sorted(both))} is audited, and so the reward; keep another one")
+    for pattern in reward.held_out:
+        if pattern.partition(":")[0] not in reward.weights:
+            kinds = ", ".join(sorted(reward.weights))
+            raise ConfigError(f"reward.held_out: {pattern!r} names no kind of source; it begins with one of {kinds}")
+        if critics and pattern.startswith("critic:") and not any(fnmatchcase(c, pattern) for c in critics):
+            raise ConfigError(f"reward.held_out: there is no {pattern}; the critics are {', '.join(critics)}")
+    if len(critics) > 1 and not reward.held_out:
+        log.warning("no critic is kept for judging: whether the reward is gamed will not be seen (reward.held_out)")
+
+
 def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None:
     """None where it is not wanted."""
     from gradatim.reward import Hidden
@@ -196,6 +227,7 @@ def build_loop(
     from gradatim.nn.render import Renderer
     from gradatim.release.canary import CanaryGate
     from gradatim.release.gates import PersonGate, ReplayGate, StaticGate
+    from gradatim.release.proxy import ProxyGate
     from gradatim.release.watch import WatchGate
     from gradatim.skills import PromptSkills
 
@@ -204,10 +236,11 @@ def build_loop(
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
     offline = (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
-    gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*offline, *_suite_gate(config, base))}
+    gamed = (ProxyGate(store),) if config.reward.held_out and config.reward.gamed == "hold" else ()
+    gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*gamed, *offline, *_suite_gate(config, base))}
     path = {Stage.CANDIDATE: Stage.LIVE}
     if config.release.canary:
-        gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
+        gates |= {Stage.CANARY: (*gamed, CanaryGate(store, config)), Stage.LIVE: (WatchGate(store, config),)}
         path = {Stage.CANDIDATE: Stage.CANARY, Stage.CANARY: Stage.LIVE}
     if config.mode == "propose":
         last = Stage.CANARY if config.release.canary else Stage.SHADOW
@@ -232,6 +265,7 @@ def build_loop(
         cool_down_s=config.release.cool_down_s,
         config=config.loop,
         learning=config.learner,
+        rewards=config.reward,
     )
 
 

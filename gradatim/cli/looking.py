@@ -46,6 +46,7 @@ def _draw_status(console: Console, value: Json) -> None:
         "abstained_because",
         "reward",
         "drift",
+        "gamed",
     )
     top = {k: v for k, v in value.items() if k not in apart}
     if latencies := value["feedback_to_live_s"]:
@@ -57,6 +58,8 @@ def _draw_status(console: Console, value: Json) -> None:
     for section in ("records", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
+    if gamed := value.get("gamed"):
+        console.print(output.facts({**gamed, "at": output.when(gamed["at"])}, "the reward is gamed"))
     _draw_drift(console, value.get("drift") or {"told": []})
     if last := value["last_update"]:
         console.print(output.facts({**last, "at": output.when(last["at"])}, "last update"))

@@ -17,12 +17,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gradatim.config import RewardConfig
 from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.entries import entries_of
 from gradatim.memory.spaces import key_of
 from gradatim.memory.tell import Teller
-from gradatim.opinions import on_own_steps
+from gradatim.opinions import on_own_steps, without_held_out
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
 from gradatim.types import DRIFT, AdapterId, Case, MemoryUse, Step, StepId, Verdict, is_new_world
 
@@ -50,7 +51,9 @@ class Follower:
         tokenizer: Tokenizer,
         place: Place,
         teller: Teller | None = None,
+        rewards: RewardConfig | None = None,
     ) -> None:
+        self._rewards = rewards or RewardConfig()
         self._teller = teller
         self._memory, self._store, self._place = memory, store, place
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
@@ -100,6 +103,7 @@ class Follower:
             self._looked = position
 
     def _remember(self, case: Case) -> None:
+        case = without_held_out(case, self._rewards)
         reward = self._reward_model.score(case)
         if reward.value is None:
             case = on_own_steps(case)
