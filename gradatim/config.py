@@ -56,6 +56,8 @@ class RewardConfig:
     min_weight: float = 0.25  # less evidence than this abstains
     model: Literal["auto", "weighted", "calibrated"] = "auto"  # auto: calibrated once there are min_labels
     audited: tuple[str, ...] = ("human:audit*",)  # sources whose outcomes are taken for the truth; name no other
+    held_out: tuple[str, ...] = ()  # sources kept for judging, never part of the reward: is it gamed?
+    gamed: Literal["hold", "observe"] = "hold"  # while it is, nothing moves up; observe: it is told only
     min_labels: int = 100  # audited episodes, of both kinds, that other sources judged too
     risk: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.1  # share of the calibrated model's rewards that may be wrong,
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # and how sure of that it must be
@@ -63,14 +65,18 @@ class RewardConfig:
     hidden: bool = False  # the model's own states over an answer are one more source; a pass over each judged answer
 
 
+CreditMethod = Literal["fork", "anchor", "decomposition", "gae", "implicit"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CreditConfig:
     """How the reward of a long episode is shared out over its steps, beside what was said of single ones."""
 
     __pydantic_config__ = _STRICT
-    order: tuple[Literal["fork", "anchor", "decomposition"], ...] = ("fork", "anchor", "decomposition")  # then outcome
+    order: tuple[CreditMethod, ...] = ("fork", "anchor", "decomposition")  # then the outcome
     long_steps: int = 10  # an episode of fewer steps keeps the outcome rule
-    least_fit: float = 0.2  # share of the variance of rewards that decomposition must explain
+    least_fit: float = 0.2  # share of the variance of held-out rewards that a scorer of prefixes must explain
+    gae_lambda: Annotated[float, Field(ge=0.0, le=1.0)] = 0.95  # of gae: what a step shares in the next one's credit
     window: int = 500  # long episodes, the newest, that are looked back on
 
 

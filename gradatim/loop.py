@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
-from gradatim.config import LearnerConfig, LoopConfig
+from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
 from gradatim.errors import DamagedAdapterError, StoreError
+from gradatim.opinions import on_own_steps, without_held_out
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
 from gradatim.types import (
     APPROVAL,
@@ -27,6 +28,7 @@ from gradatim.types import (
     Example,
     Move,
     Record,
+    Reward,
     Stage,
     Step,
     StepId,
@@ -79,6 +81,7 @@ class Loop:
     path: Mapping[Stage, Stage] = field(default_factory=lambda: {Stage.CANDIDATE: Stage.LIVE})
     config: LoopConfig = field(default_factory=LoopConfig)
     learning: LearnerConfig = field(default_factory=LearnerConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
     cool_down_s: float = 0.0  # after the watch rolled back
     clock: Callable[[], float] = time.time
 
@@ -120,9 +123,12 @@ class Loop:
         return final or self.clock() - case.touched_at >= self.config.settle_s
 
     def _judgement(self, case: Case) -> Sequence[Record]:
+        said, case = case.feedback, without_held_out(case, self.rewards)
+        if said and not case.feedback and not self.store.newest(Reward, episode_id=case.episode.id):
+            return []  # only those who are kept for judging spoke
         reward = self.reward_model.score(case)
-        if reward.value is None and case.feedback:
-            return [reward]  # an abstention is a fact, and never trained on
+        if reward.value is None:  # never trained on; but what was said of single steps needs no reward
+            case = on_own_steps(case)
         credit = self.credit.assign(case, reward)
         return [reward, credit, *self.examples.build(case, reward, credit)]
 

@@ -1,12 +1,33 @@
-"""How much an opinion counts, and the weighted mean of several. Knows nothing of episodes, steps or training."""
+"""How much an opinion counts, the weighted mean of several, and which need no reward. Knows nothing of training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import fsum
 
 from gradatim.config import RewardConfig
-from gradatim.types import Feedback
+from gradatim.types import Case, Feedback
+
+_OWN = ("correction", "preference", "comment")  # kinds that say of one step what is right, whatever came of the episode
+
+
+def on_own_steps(case: Case) -> Case:
+    """What is left to learn from where the reward abstained: nothing that an outcome or a score says."""
+    return replace(case, feedback=tuple(f for f in case.feedback if f.kind in _OWN))
+
+
+def is_held_out(feedback: Feedback, config: RewardConfig) -> bool:
+    """From a source that is kept for judging."""
+    return any(fnmatchcase(feedback.source, pattern) for pattern in config.held_out)
+
+
+def without_held_out(case: Case, config: RewardConfig) -> Case:
+    """What may be learned from."""
+    if not config.held_out:
+        return case
+    return replace(case, feedback=tuple(f for f in case.feedback if not is_held_out(f, config)))
 
 
 def weight(feedback: Feedback, config: RewardConfig) -> float:

@@ -195,6 +195,18 @@ class Encoder(Protocol):
         numbers that are not finite, which the caller refuses."""
 
 
+class LogRatios(Protocol):
+    """What the live adapter has learned, as how much likelier it makes the answers of an episode."""
+
+    def version(self) -> str:
+        """What they depend on beside the episode: the live adapter's digest."""
+
+    def of(self, episode: Episode | None) -> Sequence[float] | None:
+        """(S,) of each step, log pi(answer | prompt) - log pi_ref(answer | prompt), in nats, of the live adapter
+        against the frozen base, at the cost of two passes. None where the adapter may have been trained on the
+        episode, where there is no adapter, and where a step cannot be read."""
+
+
 class CreditAssigner(Protocol):
     """Shares an episode's reward out over its steps."""
 

@@ -195,6 +195,7 @@ class Credit:
     step_ids: tuple[StepId, ...]  # (S,)
     advantages: tuple[float, ...]  # (S,) in [-1, 1]
     methods: tuple[str, ...]  # (S,) where each came from: "correction", "score", "outcome"
+    reasons: tuple[str, ...] = ()  # (S,) why it is so much, in words; () in records older than the field
     position: int = 0
 
 

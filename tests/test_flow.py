@@ -202,6 +202,41 @@ def test_an_abstention_is_recorded_and_not_trained_on(store: Store) -> None:
     assert learner.calls == []
 
 
+def test_a_correction_is_learned_from_also_where_the_reward_abstains(store: Store) -> None:
+    """And nothing else of that episode is: neither its other steps, nor what a score said."""
+    loop, learner = loop_on(store)
+    said = [feedback("outcome", value=value, source=f"human:{value}") for value in (1.0, -1.0)]
+    store.append(*(step(f"s{k}", prompt_ids=(k,)) for k in range(3)), *said)
+    store.append(feedback("score", "e", "s2", value=1.0))
+    store.append(feedback("correction", "e", "s1", correction="better"))
+    run(loop)
+    assert [r.value for _, r in store.read(Reward)] == [None]
+    [(_, example)] = store.read(Example)
+    assert (example.step_id, example.origin) == ("s1", "correction")
+    assert len(learner.calls) == 1
+
+
+def test_what_was_learned_of_an_episode_is_withdrawn_when_its_reward_abstains_later(store: Store) -> None:
+    loop, _ = loop_on(store)
+    good_episode(store)
+    loop.judge(flush=True)
+    store.append(feedback("outcome", "e", value=-1.0, source="human:bob"))
+    loop.judge(flush=True)
+    assert [r.value for _, r in store.read(Reward)] == [1.0, None]
+    assert [e.origin for _, e in store.read(Example)] == ["success", "withdrawn"]
+
+
+def test_what_judges_only_is_not_learned_from(store: Store) -> None:
+    loop, learner = loop_on(store)
+    loop.rewards = RewardConfig(held_out=("critic:tests",))
+    store.append(step("s0"), feedback("outcome", value=1.0, source="critic:tests"))
+    run(loop)
+    assert store.cursor(JUDGED) > 0 and not store.read(Reward) and not learner.calls
+    store.append(feedback("outcome", value=-1.0, source="human:alice"))
+    run(loop)
+    assert [r.value for _, r in store.read(Reward)] == [-1.0]
+
+
 def test_an_example_is_given_to_the_learner_once(store: Store) -> None:
     loop, learner = loop_on(store)
     good_episode(store)

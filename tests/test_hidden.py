@@ -331,3 +331,18 @@ def test_the_loop_reads_answers_and_the_server_does_not(store: SqlStore, tmp_pat
         assert len(SqlShelf(store.engines).load(Sketch)) == made
     off, _ = compose.build_judges(replace(config, reward=replace(CONFIG, hidden=False)), store, tiny_base())
     assert "hidden_speaks" not in off.describe()
+
+
+def test_sketches_of_episodes_that_nobody_looks_at_any_more_are_given_up(store: SqlStore) -> None:
+    encoder = Signs()
+    source = Hidden(SqlShelf(store.engines), encoder)
+    for i in range(6):
+        source.note(replace(case_of(steps=(step(f"s{i}", f"e{i}"),)), position=i + 1))
+    kept = [Judged(EpisodeId("e1"), (), 1.0, 1), Judged(EpisodeId("e4"), (), 1.0)]
+    source.prune(kept, 5)
+    assert {s.episode_id for s in SqlShelf(store.engines).load(Sketch)} == {"e1", "e4", "e5"}  # the last one is newer
+    source.note(replace(case_of(steps=(step("s0", "e0"),)), position=9))
+    source.note(replace(case_of(steps=(step("s1", "e1"),)), position=10))
+    assert (encoder.calls["s0"], encoder.calls["s1"]) == (2, 1)
+    Hidden(SqlShelf(store.engines), None).prune([], 99)
+    assert len(SqlShelf(store.engines).load(Sketch)) == 4, "who only reads gives nothing up"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,16 +51,17 @@ def lives(n: int, seed: int = 0, *, wordy: bool = False) -> list[Lived]:
     return [lived(*an_episode(f"e{i}", rng, wordy=wordy)) for i in range(n)]
 
 
-def on_slip(shares: list[float]) -> float:
+def on_slip(shares: Sequence[float]) -> float:
     return abs(shares[SLIP]) / sum(map(abs, shares))
 
 
 def test_the_same_observation_answered_otherwise_finds_the_slip() -> None:
     *past, this = lives(60)
-    shares = contrast(this, this.observations, [(e, e.observations) for e in past])
-    assert shares is not None
-    assert on_slip(shares) == 1.0
-    assert shares[SLIP] == this.value
+    answer = contrast(this, this.observations, [(e, e.observations) for e in past])
+    assert answer is not None and answer.sure > 0.99
+    assert on_slip(answer.shares) > 0.99
+    assert answer.shares[SLIP] == pytest.approx(this.value, abs=0.05)
+    assert "answered so ended well" in answer.why[SLIP]
 
 
 def test_a_scorer_of_prefixes_finds_it_where_no_answer_reads_like_another() -> None:
@@ -88,22 +89,24 @@ def test_the_scorers_credit_sums_to_the_reward() -> None:
     assert sum(scorer.credit(flipped)) == pytest.approx(flipped.value)
 
 
-def test_without_a_cause_every_method_abstains_as_often_as_stated() -> None:
-    """Rewards drawn by a coin: at most the stated share of episodes is credited by chance."""
+def test_without_a_cause_little_credit_is_taken_from_the_outcome() -> None:
+    """Rewards drawn by a coin: what contrasts are sure of by chance is little, and the scorer abstains."""
     rng = random.Random(1)
-    found = scored = 0
+    sure, scored = [], 0
     for seed in range(12):
         *past, this = [replace(e, value=rng.choice([-1.0, 1.0])) for e in lives(30, seed)]
-        found += contrast(this, this.observations, [(e, e.observations) for e in past]) is not None
+        answer = contrast(this, this.observations, [(e, e.observations) for e in past])
+        sure.append(answer.sure if answer else 0.0)
         scorer = decompose.fit(past)
         scored += scorer is not None and scorer.fit >= CreditConfig().least_fit
-    assert found <= 1
+    assert sum(sure) / len(sure) < 0.2
     assert scored <= 1
 
 
-def test_too_few_episodes_give_no_credit() -> None:
+def test_too_few_episodes_give_next_to_no_credit() -> None:
     *past, this = lives(6)
-    assert contrast(this, this.observations, [(e, e.observations) for e in past]) is None
+    answer = contrast(this, this.observations, [(e, e.observations) for e in past])
+    assert answer is None or answer.sure < 0.1
     assert decompose.fit(past) is None
 
 
@@ -138,8 +141,9 @@ def test_the_first_method_with_an_answer_is_used_and_named(store: Store) -> None
     case, reward = a_case(*an_episode("new", rng))
     credit = horizon(store).assign(case, reward)
     assert set(credit.methods) == {"anchor"}
-    assert credit.advantages[SLIP] == reward.value
-    assert sum(map(abs, credit.advantages)) == 1.0
+    assert credit.advantages[SLIP] == pytest.approx(reward.value, abs=0.05)
+    assert sum(map(abs, credit.advantages)) == pytest.approx(abs(credit.advantages[SLIP]), abs=0.02)
+    assert len(credit.reasons) == STEPS and "answered so ended well" in credit.reasons[SLIP]
     credit = horizon(store, order=("decomposition",)).assign(case, reward)
     assert set(credit.methods) == {"decomposition"}
     assert sum(credit.advantages) == pytest.approx(reward.value)
@@ -175,7 +179,7 @@ def test_forks_of_one_prompt_come_first(store: Store) -> None:
     steps = tuple(replace(s, prompt_ids=(k,)) for k, s in enumerate(episode.steps))
     credit = horizon(store).assign(*a_case(replace(episode, steps=steps), value))
     assert set(credit.methods) == {"fork"}
-    assert credit.advantages[SLIP] == value
+    assert credit.advantages[SLIP] == pytest.approx(value, abs=0.07)
 
 
 def test_a_retracted_or_revised_reward_changes_the_history(store: Store) -> None:

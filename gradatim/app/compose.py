@@ -6,10 +6,12 @@ torch stand inside the functions for that reason. This module decides nothing; i
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +28,13 @@ if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
     from gradatim.nn.base import Base
-    from gradatim.protocols import CreditAssigner, Gate
+    from gradatim.protocols import CreditAssigner, Gate, LogRatios
     from gradatim.release.drift import Drift
+    from gradatim.release.proxy import ProxyWatch
     from gradatim.release.shadow import ShadowGate
     from gradatim.reward import AuditedReward, Hidden
+
+log = logging.getLogger(__name__)
 
 
 def thread_environment(threads: int) -> Mapping[str, str]:
@@ -115,6 +120,7 @@ def check_critics(config: Config) -> None:
     """ConfigError, before anything else is begun, where a critic of the configuration cannot be made, or code that it
     runs in a sandbox could read the records; or where the shadow's also gives feedback to learn from."""
     _check_shadow(config)
+    check_held_out(config)
     if not config.critics.run:
         return
     from gradatim.feedback.sandbox import readable
@@ -167,7 +173,7 @@ def build_judges(
     from gradatim.reward import AuditedReward
 
     reward_model = AuditedReward(store, config.reward, read_only=read_only, hidden=_hidden(config, store, base))
-    return reward_model, HorizonCredit(store, config.credit, config.reward)
+    return reward_model, HorizonCredit(store, config.credit, config.reward, ratios=_ratios(config, store, base))
 
 
 def build_drift(config: Config, store: SqlStore) -> Drift | None:
@@ -177,6 +183,31 @@ def build_drift(config: Config, store: SqlStore) -> Drift | None:
     from gradatim.release.drift import Drift
 
     return Drift(store, config, Path(config.data_dir))
+
+
+def build_proxy(config: Config, store: SqlStore) -> ProxyWatch | None:
+    """None where no source is kept for judging."""
+    if not config.reward.held_out:
+        return None
+    from gradatim.release.proxy import ProxyWatch
+
+    return ProxyWatch(store, config, Path(config.data_dir))
+
+
+def check_held_out(config: Config) -> None:
+    """ConfigError where a source is kept for judging and learned from too, or is no critic that there is. A word of
+    warning where critics are learned from and none of them is kept."""
+    reward, critics = config.reward, [f"critic:{c.called}" for c in config.critics.run]
+    if both := set(reward.held_out) & set(reward.audited):
+        raise ConfigError(f"reward.held_out: {', '.join(sorted(both))} is audited, and so the reward; keep another one")
+    for pattern in reward.held_out:
+        if pattern.partition(":")[0] not in reward.weights:
+            kinds = ", ".join(sorted(reward.weights))
+            raise ConfigError(f"reward.held_out: {pattern!r} names no kind of source; it begins with one of {kinds}")
+        if critics and pattern.startswith("critic:") and not any(fnmatchcase(c, pattern) for c in critics):
+            raise ConfigError(f"reward.held_out: there is no {pattern}; the critics are {', '.join(critics)}")
+    if len(critics) > 1 and not reward.held_out:
+        log.warning("no critic is kept for judging: whether the reward is gamed will not be seen (reward.held_out)")
 
 
 def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None:
@@ -193,6 +224,16 @@ def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None
     return Hidden(SqlShelf(store.engines), StateEncoder(base))
 
 
+def _ratios(config: Config, store: SqlStore, base: Base | None) -> LogRatios | None:
+    """None where nothing asks for them, or no model is at hand."""
+    if base is None or "implicit" not in config.credit.order:
+        return None
+    from gradatim.learner.ratios import StepRatios
+    from gradatim.learner.scorer import TorchScorer
+
+    return StepRatios(store, TorchScorer(base, config.learner, Path(config.data_dir)), config.name)
+
+
 def build_loop(
     config: Config, store: SqlStore, base: Base, judges: tuple[AuditedReward, CreditAssigner] | None = None
 ) -> Loop:
@@ -206,6 +247,7 @@ def build_loop(
     from gradatim.nn.render import Renderer
     from gradatim.release.canary import CanaryGate
     from gradatim.release.gates import PersonGate, ReplayGate, StaticGate
+    from gradatim.release.proxy import ProxyGate
     from gradatim.release.watch import WatchGate
     from gradatim.skills import PromptSkills
 
@@ -214,11 +256,12 @@ def build_loop(
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
     offline = (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
-    gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*offline, *_suite_gate(config, base))}
+    gamed = (ProxyGate(store),) if config.reward.held_out and config.reward.gamed == "hold" else ()
+    gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*gamed, *offline, *_suite_gate(config, base))}
     if config.shadow.prompts:
         gates[Stage.SHADOW] = (build_shadow(config, store, base),)
     if config.release.canary:
-        gates |= {Stage.CANARY: (CanaryGate(store, config),), Stage.LIVE: (WatchGate(store, config),)}
+        gates |= {Stage.CANARY: (*gamed, CanaryGate(store, config)), Stage.LIVE: (WatchGate(store, config),)}
     if config.mode == "propose":
         last = Stage.CANARY if config.release.canary else Stage.SHADOW
         gates[last] = (*gates.get(last, ()), PersonGate())
@@ -242,6 +285,7 @@ def build_loop(
         cool_down_s=config.release.cool_down_s,
         config=config.loop,
         learning=config.learner,
+        rewards=config.reward,
     )
 
 

@@ -126,6 +126,7 @@ def _learning(facts: Facts, learning: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _reward(learning.get("reward"))
         yield _examples(facts.config, learning)
         yield from _updates(learning)
+        yield from _gamed(learning.get("gamed"), facts.config)
         yield from _drift(learning.get("drift"), learning["live"])
 
 
@@ -221,6 +222,16 @@ def _updates(learning: Mapping[str, Any]) -> Iterator[Finding]:
         )
     if learning["live"]:
         yield Finding("live", "good", f"{learning['live']}, one of {learning['adapters']} versions")
+
+
+def _gamed(gamed: Mapping[str, Any] | None, config: Config) -> Iterator[Finding]:
+    """Whether the reward is still one of what it stands for."""
+    if gamed is not None:
+        way_out = f"look at its newest episodes; gradatim adapters rollback, or approve {gamed['adapter']}"
+        yield Finding("reward against judges", "bad", gamed["reason"], way_out)
+    elif len(config.critics.run) > 1 and not config.reward.held_out:
+        detail = "no critic is kept for judging: whether the reward is gamed cannot be seen"
+        yield Finding("reward against judges", "info", detail, "name one in reward.held_out")
 
 
 def _drift(drift: Mapping[str, Any] | None, live: str | None) -> Iterator[Finding]:

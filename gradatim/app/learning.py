@@ -30,6 +30,7 @@ from gradatim.loop import JUDGED
 if TYPE_CHECKING:
     from gradatim.feedback.critique import Critique
     from gradatim.release.drift import Drift
+    from gradatim.release.proxy import ProxyWatch
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +66,21 @@ def follow(config: Config) -> None:
             loop = compose.build_loop(config, store, base, judges)
             turn = tidily(loop.turn, OptimiserStates(store, config), say_figures)
             critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
-            if drift is not None:
-                turn = together(turn, drift.turn)
+            proxy = compose.build_proxy(config, store)
+            for watch in (drift, proxy):
+                turn = together(turn, watch.turn) if watch is not None else turn
             if critique is not None:  # in a thread: it waits for others, and learning must not wait for it
                 threading.Thread(target=judge_for_ever, args=(critique, config.loop.poll_s), daemon=True).start()
-            turn_for_ever(turn, home, config.loop.poll_s, beside=lambda: _beside(critique, drift))
+            turn_for_ever(turn, home, config.loop.poll_s, beside=lambda: _beside(critique, drift, proxy))
 
 
-def _beside(critique: Critique | None, drift: Drift | None) -> Mapping[str, Any]:
+def _beside(critique: Critique | None, drift: Drift | None, proxy: ProxyWatch | None) -> Mapping[str, Any]:
     """What runs beside the loop, as it says itself."""
-    told = {"critics": critique.status() if critique else {}, "drift": drift.describe() if drift else {}}
+    told = {
+        "critics": critique.status() if critique else {},
+        "drift": drift.describe() if drift else {},
+        "proxy": proxy.describe() if proxy else {},
+    }
     return {name: facts for name, facts in told.items() if facts}
 
 
@@ -158,8 +164,8 @@ def once(config: Config) -> dict[str, Any]:
                 made = report.decision(store, config.name, before)
                 if made["update"] is not None and made["stage"] != "candidate":
                     break
-            if (drift := compose.build_drift(config, store)) is not None:
-                while drift.turn():
+            for watch in (compose.build_drift(config, store), compose.build_proxy(config, store)):
+                while watch is not None and watch.turn():
                     pass
             Sayer(store, home, judges[0])()
             return report.decision(store, config.name, before)

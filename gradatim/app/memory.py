@@ -116,6 +116,7 @@ def build_memory(config: Config, store: SqlStore, base: Base, engine: Transforme
         tokenizer=renderer,
         place=engine.key,
         teller=None if tokens is None else Teller(memory, tokens, store, engine.states),
+        rewards=config.reward,
     )
     return Remembering(memory, memory, follower, tokens)
 

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -192,7 +193,7 @@ def loop_status(supervisor: Supervisor | None, home: Home) -> Mapping[str, Any]:
     return {
         **watched,
         "does": said["state"],
-        **{k: said[k] for k in ("turns", "failures", "error", "critics", "drift") if k in said},
+        **{k: said[k] for k in ("turns", "failures", "error", "critics", "drift", "proxy") if k in said},
     }
 
 
@@ -210,7 +211,16 @@ def _metrics(traffic: Traffic, supervisor: Supervisor | None, home: Home) -> Met
     for name, (help_text, read) in shown.items():
         Gauge(name, help_text, registry=metrics.registry).set_function(read)
     _show_drift(home, metrics.registry)
+    for name, key in (("units", "units"), ("reward_slope", "reward_slope"), ("held_out_slope", "held_out_slope")):
+        about = "the reward against held-out judges: episodes with both, and change of each with every adapter"
+        gauge = Gauge(f"gradatim_proxy_{name}", about, registry=metrics.registry)
+        gauge.set_function(partial(_proxy, home, key))
     return metrics
+
+
+def _proxy(home: Home, key: str) -> float:
+    value = home.said("loop").get("proxy", {}).get(key)
+    return math.nan if value is None else float(value)
 
 
 def _show_drift(home: Home, registry: CollectorRegistry) -> None:

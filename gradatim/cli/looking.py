@@ -46,6 +46,7 @@ def _draw_status(console: Console, value: Json) -> None:
         "abstained_because",
         "reward",
         "drift",
+        "gamed",
     )
     top = {k: v for k, v in value.items() if k not in apart}
     if latencies := value["feedback_to_live_s"]:
@@ -57,6 +58,8 @@ def _draw_status(console: Console, value: Json) -> None:
     for section in ("records", "loop", "server"):
         if value.get(section):
             console.print(output.facts(value[section], section))
+    if gamed := value.get("gamed"):
+        console.print(output.facts({**gamed, "at": output.when(gamed["at"])}, "the reward is gamed"))
     _draw_drift(console, value.get("drift") or {"told": []})
     if last := value["last_update"]:
         console.print(output.facts({**last, "at": output.when(last["at"])}, "last update"))
@@ -105,9 +108,10 @@ def _draw_episodes(console: Console, rows: list[Json]) -> None:
 
 
 def _draw_episode(console: Console, found: Json) -> None:
-    credit = found["credit"] or {"step_ids": [], "advantages": [], "methods": []}
+    credit = found["credit"] or {"step_ids": [], "advantages": [], "methods": [], "reasons": []}
     share = dict(zip(credit["step_ids"], credit["advantages"], strict=True))
     method = dict(zip(credit["step_ids"], credit["methods"], strict=True))
+    why = dict(zip(credit["step_ids"], credit["reasons"], strict=False))
     steps = [
         (
             s["id"],
@@ -116,11 +120,14 @@ def _draw_episode(console: Console, found: Json) -> None:
             s["finish_reason"],
             share.get(s["id"]),
             method.get(s["id"]),
+            output.short(why.get(s["id"], "")),
             output.short(s["text"]),
         )
         for s in found["steps"]
     ]
-    console.print(output.table(("response", "adapter", "tokens", "finish", "credit", "by", "answer"), steps, "steps"))
+    console.print(
+        output.table(("response", "adapter", "tokens", "finish", "credit", "by", "because", "answer"), steps, "steps")
+    )
     console.print(_feedback(found["feedback"]))
     console.print(output.facts(_judgement(found["reward"]), "reward"))
 

@@ -10,6 +10,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from gradatim.protocols import Store
 from gradatim.types import Episode, EpisodeId, Reward, Step
@@ -70,11 +71,21 @@ class History:
         self._store, self._least_steps, self._most = store, least_steps, most
         self._episodes: dict[EpisodeId, Lived] = {}
         self._cursor = 0
+        self.seen = 0  # how many there have ever been
 
     def past(self, but: EpisodeId) -> Sequence[Lived]:
         """All of them but one, oldest first."""
         self._read_on()
         return [lived for key, lived in self._episodes.items() if key != but]
+
+    def newest(self, n: int, *, but: EpisodeId) -> Sequence[tuple[EpisodeId, float]]:
+        """Up to ``n`` of them, and their rewards; the newest first."""
+        self._read_on()
+        others = ((key, lived.value) for key, lived in reversed(self._episodes.items()) if key != but)
+        return list(islice(others, n))
+
+    def episode(self, episode_id: EpisodeId) -> Episode | None:
+        return self._store.episode(episode_id)
 
     def _read_on(self) -> None:
         if self._cursor == 0:
@@ -86,10 +97,11 @@ class History:
     def _take(self, rows: Sequence[tuple[int, Reward]]) -> None:
         for position, reward in rows:
             self._cursor = position
-            self._episodes.pop(reward.episode_id, None)
+            known = self._episodes.pop(reward.episode_id, None)
             episode = self._store.episode(reward.episode_id) if reward.value else None
             if episode is None or reward.value is None or len(episode.steps) < self._least_steps:
                 continue
+            self.seen += known is None
             self._episodes[reward.episode_id] = lived(episode, reward.value)
             if len(self._episodes) > self._most:
                 del self._episodes[next(iter(self._episodes))]

@@ -1,40 +1,45 @@
-"""Credit for long episodes: which of many steps earned the reward, by the first method that has an answer.
+"""Credit for long episodes: which of many steps earned the reward, by the first methods that have an answer.
 
     what was said of a step  >  other answers to exactly this prompt  >  other answers to this observation
     >  a scorer of prefixes  >  the episode's outcome
 
-The methods between the first and the last need logged traffic, and abstain without enough of it. Short episodes keep
-the outcome rule: dividing by their few steps costs little.
+and, where ``credit.order`` names them, turn-level GAE and the implicit reward of preference training. The methods
+between the first and the last need logged traffic, and abstain without enough of it; one that is half sure leaves the
+other half to the next. Short episodes keep the outcome rule: dividing by their few steps costs little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from gradatim.config import CreditConfig, RewardConfig
-from gradatim.credit import decompose
-from gradatim.credit.anchors import contrast
+from gradatim.credit.answer import Answer, Blend
 from gradatim.credit.history import History, Lived, lived
+from gradatim.credit.implicit import ImplicitCredit
+from gradatim.credit.methods import Methods
 from gradatim.credit.outcome import OutcomeCredit
-from gradatim.protocols import CreditAssigner, Store
-from gradatim.types import Case, Credit, Reward
-
-_SAID = ("correction", "score")  # methods of credit that rest on what was said of the step itself
-_REFIT = 1.1  # the scorer is fitted anew when there are this many times as many episodes
+from gradatim.protocols import CreditAssigner, LogRatios, Store
+from gradatim.types import Case, Credit, Episode, Reward
 
 
 class HorizonCredit:
-    """``protocols.CreditAssigner``. ``otherwise`` shares out what no method has an answer to."""
+    """``protocols.CreditAssigner``. ``otherwise`` shares out what no method has an answer to; ``ratios`` is what the
+    implicit reward is made of, which abstains without it."""
 
     def __init__(
-        self, store: Store, config: CreditConfig, rewards: RewardConfig, *, otherwise: CreditAssigner | None = None
+        self,
+        store: Store,
+        config: CreditConfig,
+        rewards: RewardConfig,
+        *,
+        otherwise: CreditAssigner | None = None,
+        ratios: LogRatios | None = None,
     ) -> None:
         self._config = config
         self._otherwise = otherwise or OutcomeCredit(rewards)
         self._history = History(store, least_steps=config.long_steps, most=config.window)
-        self._scorer: decompose.PrefixScorer | None = None
-        self._fitted_to = 0
+        self._methods = Methods(config)
+        self._implicit = ImplicitCredit(ratios, self._history, config.least_fit) if ratios else None
 
     def assign(self, case: Case, reward: Reward) -> Credit:
         plain = self._otherwise.assign(case, reward)
@@ -42,27 +47,16 @@ class HorizonCredit:
             return plain
         this = lived(case.episode, reward.value)
         past = self._history.past(but=case.episode.id)
+        blend = Blend(plain)
         for method in self._config.order:
-            shares = self._ask(method, this, past)
-            if shares is not None:
-                return _beside_what_was_said(plain, shares, method)
-        return plain
+            answer = self._ask(method, case.episode, this, past)
+            if answer is not None:
+                blend.add(answer)
+            if blend.is_done:
+                break
+        return blend.result()
 
-    def _ask(self, method: str, this: Lived, past: Sequence[Lived]) -> list[float] | None:
-        if method == "fork":
-            return contrast(this, this.states, [(e, e.states) for e in past])
-        if method == "anchor":
-            return contrast(this, this.observations, [(e, e.observations) for e in past])
-        if len(past) >= max(decompose.FEWEST, self._fitted_to * _REFIT):
-            self._scorer, self._fitted_to = decompose.fit(past), len(past)
-        if self._scorer is None or self._scorer.fit < self._config.least_fit:
-            return None
-        return self._scorer.credit(this)
-
-
-def _beside_what_was_said(plain: Credit, shares: Sequence[float], method: str) -> Credit:
-    """What was said of a step outranks what is inferred of it."""
-    said = [m in _SAID for m in plain.methods]
-    both = zip(plain.advantages, plain.methods, shares, said, strict=True)
-    chosen = [(a, m) if own else (share, method) for a, m, share, own in both]
-    return replace(plain, advantages=tuple(a for a, _ in chosen), methods=tuple(m for _, m in chosen))
+    def _ask(self, method: str, episode: Episode, this: Lived, past: Sequence[Lived]) -> Answer | None:
+        if method == "implicit":
+            return self._implicit.answer(episode, this.value) if self._implicit else None
+        return self._methods.answer(method, this, past, self._history.seen)

@@ -33,7 +33,7 @@ class OutcomeCredit:
         repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and a.id not in corrected}
         shares = [
             self._share(
-                step, case, reward.value or 0.0, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
+                step, case, reward.value, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
             )
             for step in steps
         ]
@@ -41,21 +41,31 @@ class OutcomeCredit:
             episode_id=case.episode.id,
             created_at=self._clock(),
             step_ids=tuple(step.id for step in case.episode.steps),
-            advantages=tuple(a for a, _ in shares),
-            methods=tuple(m for _, m in shares),
+            advantages=tuple(a for a, _, _ in shares),
+            methods=tuple(m for _, m, _ in shares),
+            reasons=tuple(why for _, _, why in shares),
             position=case.position,
         )
 
-    def _share(self, step: Step, case: Case, value: float, *, led_on: bool, repeats: bool) -> tuple[float, str]:
+    def _share(
+        self, step: Step, case: Case, value: float | None, *, led_on: bool, repeats: bool
+    ) -> tuple[float, str, str]:
+        """Its credit, the method, and why."""
         own = [f for f in case.feedback if f.step_id == step.id]
         if any(f.kind == "correction" for f in own):
-            return -1.0, "correction"
+            return -1.0, "correction", "it was corrected"
         mean, _ = weigh((f for f in own if f.kind == "score"), self._config)
         if mean is not None:
-            return (mean if abs(mean) >= self._config.abstain_band else 0.0), "score"
+            clear = abs(mean) >= self._config.abstain_band
+            return (mean if clear else 0.0), "score", f"scores of it: {mean:+.2f}{'' if clear else ', no opinion'}"
+        if value is None:
+            return 0.0, "outcome", "the reward abstained"
         if value >= 0.0 and not led_on:
-            return -value, "came back"
+            return -value, "came back", "the same prompt came back after it"
         if value >= 0.0:
-            return (0.0, "repeated") if repeats else (value, "outcome")
-        corrected = any(f.kind == "correction" for f in case.feedback)
-        return (0.0 if corrected else value / len(case.episode.steps)), "outcome"
+            good = (0.0, "repeated", "it said again what the step before it said")
+            return good if repeats else (value, "outcome", f"the episode's reward {value:+.2f}")
+        if any(f.kind == "correction" for f in case.feedback):
+            return 0.0, "outcome", f"corrections explain the episode's reward {value:+.2f}"
+        steps = len(case.episode.steps)
+        return value / steps, "outcome", f"the episode's reward {value:+.2f}, shared by {steps} steps"

@@ -1,8 +1,8 @@
 """A judged episode -> what to remember of it: for each answer, its tokens and what was said of them.
 
-Only tokens that the model drew or that somebody gave as the better answer are remembered, and only of episodes that
-were judged: an abstention, an unknown outcome and a step that may not be trained on leave nothing. What is said of a
-step outranks what is said of its episode, as in learning. Knows nothing of keys and storage.
+Only tokens that the model drew or that somebody gave as the better answer are remembered. An abstention and an unknown
+outcome leave what was said of single steps, a step that may not be trained on leaves nothing. What is said of a step
+outranks what is said of its episode, as in learning. Knows nothing of keys and storage.
 """
 
 from __future__ import annotations
@@ -18,16 +18,13 @@ LEAST_VALUE = 0.02  # a judgement that says less is not worth a row
 def entries_of(
     case: Case,
     reward: Reward,
-    credit: Credit | None,
+    credit: Credit,
     *,
     tenant: Callable[[Step], str],
     tokenizer: Tokenizer,
     answer: Callable[[StepId], Step | None],
 ) -> list[MemoryEntry]:
-    """``credit`` is None where the reward abstained. ``tenant`` says whose memory a step belongs to, ``answer`` finds
-    the one that a preference spoke against."""
-    if reward.value is None or credit is None:
-        return []
+    """``tenant`` says whose memory a step belongs to, ``answer`` finds the one that a preference spoke against."""
     shares = dict(zip(credit.step_ids, credit.advantages, strict=True))
     out: list[MemoryEntry] = []
     for step in case.episode.steps:

@@ -17,11 +17,13 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from gradatim.config import RewardConfig
 from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.entries import entries_of
 from gradatim.memory.spaces import key_of
 from gradatim.memory.tell import Teller
+from gradatim.opinions import on_own_steps, without_held_out
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
 from gradatim.types import DRIFT, AdapterId, Case, MemoryUse, Step, StepId, Verdict, is_new_world
 
@@ -49,7 +51,9 @@ class Follower:
         tokenizer: Tokenizer,
         place: Place,
         teller: Teller | None = None,
+        rewards: RewardConfig | None = None,
     ) -> None:
+        self._rewards = rewards or RewardConfig()
         self._teller = teller
         self._memory, self._store, self._place = memory, store, place
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
@@ -99,8 +103,11 @@ class Follower:
             self._looked = position
 
     def _remember(self, case: Case) -> None:
+        case = without_held_out(case, self._rewards)
         reward = self._reward_model.score(case)
-        credit = None if reward.value is None else self._credit.assign(case, reward)
+        if reward.value is None:
+            case = on_own_steps(case)
+        credit = self._credit.assign(case, reward)
         entries = entries_of(
             case,
             reward,
@@ -109,7 +116,7 @@ class Follower:
             tokenizer=self._tokenizer,
             answer=lambda step_id: self._store.step(id=step_id),
         )
-        shares = {} if credit is None else dict(zip(credit.step_ids, credit.advantages, strict=True))
+        shares = dict(zip(credit.step_ids, credit.advantages, strict=True))
         uses = [
             MemoryUse(answer_id=step.id, entry_id=entry_id, value=shares[step.id])
             for step in case.episode.steps

@@ -158,6 +158,7 @@ class AuditedReward:
         rows, cursor = self._ledger.rows(), self._ledger.cursor
         if self._hidden is not None:
             self._hidden.fit(rows, cursor)
+            self._hidden.prune(rows, cursor)
             rows = self._hidden.heard(rows, cursor)
         model = calibrate(rows, self._config, stale=self._ledger.stale())
         if self._fit is not None and self._ledger.alarms != self._fit.alarms:

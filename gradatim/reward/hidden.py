@@ -37,6 +37,7 @@ _MIXED = 256  # random directions, of which those are the main ones: bounds the 
 _RIDGE = 4.0
 _AGREED = 1.0  # standard deviations of the heads by which their mean must differ from a toss
 _LARGEST = 65504.0  # of float16
+_PAGE = 200
 
 
 def bag(episode_id: EpisodeId) -> npt.NDArray[np.int64]:
@@ -110,6 +111,7 @@ class Hidden:
         self._shelf, self._encoder = shelf, encoder
         self._sketches: dict[EpisodeId, list[tuple[int, Halves]]] = {}  # rising positions
         self._made: set[StepId] = set()  # of which a sketch was made, or refused
+        self._steps: dict[EpisodeId, set[StepId]] = {}  # of which one was made
         self._heads: Heads | None = None
         self._is_read = False
         self.refused = 0  # vectors that were none, in this life of the process
@@ -162,6 +164,7 @@ class Hidden:
         space = self._encoder.space if self._encoder else newest.space if newest else ""
         self._sketches.clear()
         self._made.clear()
+        self._steps.clear()
         for sketch in sorted(found, key=lambda s: (s.position, s.step_id)):
             if sketch.space == space:
                 self._take(sketch)
@@ -169,6 +172,7 @@ class Hidden:
 
     def _take(self, sketch: Sketch) -> None:
         self._made.add(sketch.step_id)
+        self._steps.setdefault(sketch.episode_id, set()).add(sketch.step_id)
         vector = np.frombuffer(sketch.vector, dtype="<f2")
         self._sketches.setdefault(sketch.episode_id, []).append((sketch.position, vector))
 
@@ -187,6 +191,21 @@ class Hidden:
         labels = np.array([float(r.label or 0) for r, _ in labelled])
         seen = np.stack([bag(r.episode_id) for r, _ in labelled])
         self._heads = fit(vectors, labels, seen, np.array(others, dtype=np.float64).reshape(-1, vectors.shape[1]))
+
+    def prune(self, rows: Sequence[Judged], upto: int) -> None:
+        """Give up sketches made up to a position of episodes that are not among the rows any more. Should one of those
+        be judged again, its sketch is made again."""
+        if self._encoder is None:
+            return
+        self._read()
+        known = {row.episode_id for row in rows}
+        gone = [i for i, made in self._sketches.items() if i not in known and made[-1][0] <= upto]
+        for start in range(0, len(gone), _PAGE):
+            page = gone[start : start + _PAGE]
+            self._shelf.change(drop=[(Sketch, {"episode_id": i}) for i in page])
+        for episode_id in gone:
+            del self._sketches[episode_id]
+            self._made -= self._steps.pop(episode_id, set())
 
     def _vector(self, episode_id: EpisodeId, upto: int | None = None) -> Halves | None:
         made = [v for at, v in self._sketches.get(episode_id, ()) if upto is None or at <= upto]

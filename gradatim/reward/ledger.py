@@ -11,6 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from gradatim.config import RewardConfig
+from gradatim.opinions import is_held_out
 from gradatim.protocols import Store
 from gradatim.reward.abstain import Watch
 from gradatim.reward.evidence import Judged, evidence, is_audited, label_of
@@ -82,6 +83,8 @@ class Ledger:
             entry.stale = entry.stale or max(told, default=0.0) < since
 
     def _take(self, position: int, record: Feedback) -> None:
+        if is_held_out(record, self._config):
+            return
         key = record.episode_id
         before = self._labelled.pop(key, None)
         entry = before or self._open.pop(key, None) or _Entry(position)

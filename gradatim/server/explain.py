@@ -144,7 +144,12 @@ def _share(credit: Credit | None, step_id: StepId) -> Json | None:
     if credit is None or step_id not in credit.step_ids:
         return None
     index = credit.step_ids.index(step_id)
-    return {"advantage": plain(credit.advantages[index]), "method": credit.methods[index], "at": credit.created_at}
+    return {
+        "advantage": plain(credit.advantages[index]),
+        "method": credit.methods[index],
+        "why": credit.reasons[index] if credit.reasons else "",
+        "at": credit.created_at,
+    }
 
 
 def _use(update: Update, ids: set[str]) -> Json:

@@ -78,7 +78,7 @@ TOKENS = _array("i", 4)
 FLOATS = _array("d", 8)
 BYTES = Codec(encode=bytes, decode=bytes)
 JSON = Codec(encode=_dump, decode=json.loads, missing={})
-JSON_TUPLE = Codec(encode=lambda values: _dump(list(values)), decode=lambda text: tuple(json.loads(text)))
+JSON_TUPLE = Codec(encode=lambda values: _dump(list(values)), decode=lambda text: tuple(json.loads(text)), missing=())
 STAGE = Codec(encode=lambda stage: Stage(stage).value, decode=Stage)
 DECISION = Codec(encode=lambda decision: Decision(decision).value, decode=Decision)
 
@@ -193,6 +193,7 @@ credits = _log(
     _coded("step_ids", JSON_TUPLE),  # (S,)
     _coded("advantages", FLOATS),  # (S,)
     _coded("methods", JSON_TUPLE),  # (S,)
+    _coded("reasons", JSON_TUPLE, null=True),  # (S,)
     _int("position"),
     by=("episode_id",),
 )
