@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from gradatim.memory.knn_attention import WINDOW, KnnAttention
-from gradatim.memory.session import Session
 from gradatim.nn.base import Base, load_base
+from gradatim.nn.session import Session
 
 CODES = (("north", "48213"), ("harbour", "70954"), ("museum", "16387"))
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
