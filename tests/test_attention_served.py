@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,30 @@ async def test_what_no_memory_asks_for_is_not_read_again(tiny_model_dir: Path, t
             cached.append(again["usage"]["prompt_tokens_details"]["cached_tokens"])
             assert served.engine.stats()["memory_failed"] == 0
     assert cached[0] == cached[1] > 80 and cached[2] < 16
+
+
+async def test_a_client_that_leaves_while_its_session_is_opened_leaves_it_free(
+    tiny_model_dir: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    async with product(tiny_base, far(tiny_model_dir, tmp_path)) as served:
+        sessions = served.remembering.sessions
+        assert sessions is not None
+        await served.ask("one", **in_session("s"))
+        began, go_on, read = threading.Event(), threading.Event(), sessions._before
+
+        def slowly(*args: Any) -> Any:
+            began.set()
+            assert go_on.wait(30)
+            return read(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sessions, "_before", slowly)
+            left = asyncio.create_task(served.ask("two", **in_session("s")))
+            await asyncio.to_thread(began.wait, 30)
+            left.cancel()
+            await asyncio.gather(left, return_exceptions=True)
+            go_on.set()
+        while any(held.reading is not None for held in sessions._held.values()):
+            await asyncio.sleep(0.01)
+        again = await served.ask("three", **in_session("s", resume=True))
+        assert again["gradatim"]["memory"]["attention"]["before"] < 40  # nothing of the second one

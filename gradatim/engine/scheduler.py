@@ -7,7 +7,6 @@ Agrawal 2023, arXiv:2308.16369). It knows nothing of files, chat templates or th
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter, deque
@@ -22,8 +21,9 @@ from torch import Tensor
 from gradatim.engine.attention import Segment
 from gradatim.engine.batch import Batch, Row
 from gradatim.engine.beyond import Beyond
-from gradatim.engine.generation import Event, Generation, StateReader, make_choices
+from gradatim.engine.generation import Generation, StateReader, make_choices
 from gradatim.engine.mixing import mixed_in
+from gradatim.engine.outbox import Outbox
 from gradatim.engine.prefix import PrefixCache
 from gradatim.engine.runner import Runner
 from gradatim.engine.sampling import draw
@@ -66,7 +66,7 @@ class Scheduler:
         self._waiting: deque[Generation] = deque()
         self._commands: deque[Callable[[], None]] = deque()
         self._closed = False
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Event]]] = {}
+        self._outbox = Outbox()
         self._counts: Counter[str] = Counter()
         self._step_s = 0.0
         self._buckets = [0] * len(STEP_BUCKETS_S)
@@ -151,10 +151,10 @@ class Scheduler:
             except Exception:  # the process boundary of the engine: what is running fails, the thread goes on
                 logger.exception("an engine step failed; its requests fail with it")
                 self._fail(list(self._open), "the engine failed in this step; its log says why")
-            self._deliver()
+            self._outbox.deliver()
         self._fail([*self._open, *self._waiting], "the engine was closed")
         self._waiting.clear()
-        self._deliver()
+        self._outbox.deliver()
 
     def _await_work(self) -> bool:
         """Run commands; wait until there is something to do. False once closed."""
@@ -201,7 +201,7 @@ class Scheduler:
             self._fail([generation], "not enough memory for this prompt")
             return
         self._counts["prompt_tokens"] += len(generation.prompt_ids)
-        self._send(generation, Started(prompt_ids=generation.prompt_ids, cached_tokens=first.read))
+        self._outbox.put(generation, Started(prompt_ids=generation.prompt_ids, cached_tokens=first.read))
 
     def _restore(self, generation: Generation, first: Row) -> None:
         """What the prefix cache has, up to what a memory is to look at, which is read whether it is cached or not."""
@@ -226,8 +226,9 @@ class Scheduler:
             self._buckets[i] += seconds <= bound
 
     def _plan(self) -> tuple[Sequence[Row], Sequence[Segment]]:
+        rooms, stuck = self._far.rooms(self._batch.rows)
+        self._fail(list(dict.fromkeys(row.generation for row in stuck)), "not enough memory for what leaves the window")
         rows = self._batch.rows[: self._batch.decoding]
-        rooms = {row: self._far.room(row) for row in self._batch.rows}
         segments = [row.next(row.choice.ids[-1:]) for row in rows]
         reading = [r for r in self._batch.rows[self._batch.decoding :] if r.reads]
         beside, alone = _PROMPT_TOKENS.get(self._runner.device.type, _PROMPT_TOKENS["cpu"])
@@ -308,7 +309,7 @@ class Scheduler:
                 continue
             delta = row.choice.take(token, float(own[i, token.id] - own[i].logsumexp(-1)) if i in changed else None)
             self._counts["generated_tokens"] += 1
-            self._send(row.generation, delta)
+            self._outbox.put(row.generation, delta)
             if delta.finish_reason:
                 self._finish(row)
 
@@ -368,7 +369,7 @@ class Scheduler:
     def _fail(self, generations: Sequence[Generation], reason: str | SessionError) -> None:
         for generation in generations:
             self._counts["failed"] += 1
-            self._send(generation, EngineError(reason) if isinstance(reason, str) else reason)
+            self._outbox.put(generation, EngineError(reason) if isinstance(reason, str) else reason)
             if generation in self._open:
                 self._end(generation)
             else:
@@ -380,21 +381,3 @@ class Scheduler:
         )
         self._prefix.drop(generation.prefix_key)
         self._batch.scrub()
-
-    def _send(self, generation: Generation, event: Event) -> None:
-        self._outbox.setdefault(generation.loop, []).append((generation, event))
-
-    def _deliver(self) -> None:
-        """One call into each event loop for everything a step brought."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, events in outbox.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, events)
-            except RuntimeError:  # that loop is closed: its callers are gone
-                for generation, _ in events:
-                    generation.cancelled = True
-
-
-def _put_all(events: Sequence[tuple[Generation, Event]]) -> None:
-    for generation, event in events:
-        generation.events.put_nowait(event)

@@ -27,7 +27,7 @@ class FarRows:
     def held(self, row: Row) -> int:
         """Positions of the slot that a session needs at once; 0 where it brings no window."""
         reading = row.generation.reading
-        return reading.before.local if reading is not None and reading.before is not None else 0
+        return 0 if reading is None or reading.before is None else reading.before.local
 
     def begin(self, row: Row) -> None:
         """Give the row what its session left; there must be room for it."""
@@ -38,6 +38,17 @@ class FarRows:
         if reading.before is not None and reading.before.local:
             self._beyond.restore(reading.before, self._cache, row.slot)
             row.length = reading.before.local
+
+    def rooms(self, rows: Sequence[Row]) -> tuple[dict[Row, int], list[Row]]:
+        """How many tokens each of them may read now, and those whose window cannot be moved on."""
+        out, stuck = {}, []
+        for row in rows:
+            try:
+                out[row] = self.room(row)
+            except RuntimeError:  # torch's own, out of memory
+                logger.exception("a window could not be moved on")
+                stuck.append(row)
+        return out, stuck
 
     def room(self, row: Row) -> int:
         """How many more tokens may be read at once; a full window is moved on first."""

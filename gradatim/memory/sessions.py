@@ -178,7 +178,7 @@ class SessionStore:
             held = reading.held
             if held is None or reading.closed:
                 return
-            reading.closed, reading.before = True, None
+            reading.closed = True
             if held.reading is reading:
                 held.reading = None
             if not held.begun and self._held.get(_key(held)) is held:

@@ -127,9 +127,16 @@ class Generation:
         sessions, call = self._services.sessions, self.call
         if sessions is not None:
             digest, episode_id = self.route.adapter_sha256, self.episode_id
-            self._reading = await asyncio.to_thread(
-                sessions.open, call.user, call.reads_on, digest, episode_id=episode_id, must_exist=call.must_exist
+            opening = asyncio.ensure_future(
+                asyncio.to_thread(
+                    sessions.open, call.user, call.reads_on, digest, episode_id=episode_id, must_exist=call.must_exist
+                )
             )
+            try:
+                self._reading = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(_close_opened)  # the client left: nobody else would
+                raise
         elif call.reads_on:
             message = "gradatim.session is for servers with memory.attention, and this one has it off"
             raise ApiError(400, message, param="gradatim.session", code="unsupported_parameter")
@@ -280,6 +287,11 @@ class Generation:
             log.error("%d steps were not recorded: %s", len(steps), type(e).__name__)
             return False
         return True
+
+
+def _close_opened(opening: asyncio.Future[OpenReading]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _submitted(future: Future[int]) -> Future[int]:
