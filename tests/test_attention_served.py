@@ -202,3 +202,39 @@ async def test_a_client_that_leaves_while_its_session_is_opened_leaves_it_free(
             await asyncio.sleep(0.01)
         again = await served.ask("three", **in_session("s", resume=True))
         assert again["gradatim"]["memory"]["attention"]["before"] < 40  # nothing of the second one
+
+
+async def test_other_memories_act_inside_of_sessions_and_do_not_learn_from_their_later_turns(
+    tiny_model_dir: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    async with product(tiny_base, far(tiny_model_dir, tmp_path, decisions=True, tokens=True)) as served:
+        first = await served.ask(user="alice", **in_session("s1"))
+        await served.say(response_id=first["id"], kind="correction", correction="left", source="human:a")
+        taught = await served.ask(user="alice", **in_session("s2"))
+        assert text(taught) == "left" and taught["gradatim"]["memory"]["weight"] > 0.5
+        assert taught["gradatim"]["memory"]["attention"]["before"] == 0
+        laters = []
+        for _ in range(3):  # beyond the window too
+            later = await served.ask("where to? " * 5, user="alice", **in_session("s2"))
+            body = {"response_id": later["id"], "kind": "correction", "correction": "no", "source": "critic:test"}
+            assert (await served.http.post("/v1/feedback", json=body)).status_code == 202
+            laters.append(later["id"])
+        assert later["gradatim"]["memory"]["attention"]["attended"] > 0
+        done = await served.ask(user="alice", **in_session("s3"))
+        await served.say(response_id=done["id"], kind="score", value=-1)
+        assert [row["value"] < 0 for row in served.remembering.kept.show(step_id=done["id"])] == [True]
+        assert not any(served.remembering.kept.show(step_id=later) for later in laters)
+        assert served.engine.stats()["memory_failed"] == 0
+
+
+async def test_completions_go_on_from_plain_text(tiny_model_dir: Path, tiny_base: Base, tmp_path: Path) -> None:
+    async with product(tiny_base, far(tiny_model_dir, tmp_path)) as served:
+        body = {"model": "agent", "max_tokens": 5, "temperature": 0, "return_token_ids": True, **in_session("s")}
+        prompts: list[str | list[int]] = ["once upon a time", " there was", [65, 66]]
+        known: list[int] = []
+        for prompt in prompts:
+            answer = (await served.http.post("/v1/completions", json={**body, "prompt": prompt})).json()
+            choice = answer["choices"][0]
+            new = [65, 66] if isinstance(prompt, list) else served.engine._renderer.more_ids(prompt)
+            assert choice["prompt_token_ids"] == [*known, *new]
+            known = [*choice["prompt_token_ids"], *choice["token_ids"]]

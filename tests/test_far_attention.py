@@ -19,7 +19,7 @@ from gradatim.engine.transformers import TransformersEngine
 from gradatim.errors import OverloadedError, PromptTooLongError, SessionError, UnknownSessionError
 from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.sessions import SessionStore
-from gradatim.nn.base import Base
+from gradatim.nn.base import Base, load_base
 from gradatim.nn.lora import LoraWeights, read_adapter
 from gradatim.nn.nearest import TOP
 from gradatim.nn.render import Renderer
@@ -125,6 +125,14 @@ async def test_a_batch_of_all_kinds_draws_from_the_definitions_distribution(tiny
     trace = readings[0].trace()
     assert trace["kept"] == BEYOND and trace["attended"] == 12 and 0.0 < trace["share"] < 1.0
     assert readings[2].trace() == {}  # it needed no more than the window
+
+
+async def test_half_precision_stays_near_the_definition(tiny_model_dir: Path, tmp_path: Path) -> None:
+    base, ids = load_base(str(tiny_model_dir), tmp_path, dtype="bfloat16", device="cpu"), words(68, 1)
+    with opened(base, tmp_path) as engine:
+        reading = read_on(kept(tmp_path / "s", base), "s1")
+        _, [(answer, logprobs)] = await answers(engine, asked(ids, reading))
+    assert logprobs == pytest.approx(expected(base.model, ids, answer), abs=0.3)
 
 
 async def test_an_answer_may_outgrow_the_window(tiny_base: Base, tmp_path: Path) -> None:
