@@ -297,6 +297,8 @@ async def test_what_is_too_long_even_so_is_refused(tiny_base: Base, tmp_path: Pa
     with opened(tiny_base, tmp_path, attention_bytes=100 * one) as engine:
         with pytest.raises(PromptTooLongError, match="attention_bytes"):
             await answers(engine, asked(words(70), read_on(sessions), n=4, max_tokens=60))
+        many = asked(words(20), read_on(sessions), n=4, max_tokens=60)  # it goes without, as far as the window
+        assert [len(answer) for answer, _ in (await answers(engine, many))[1]] == 4 * [WINDOW - 20]
         held = engine.beyond.reserve(70, 0, 20, 1) if engine.beyond else 0
         held += engine.beyond.reserve(70, 0, 20, 1) if engine.beyond else 0
         with pytest.raises(OverloadedError):

@@ -20,7 +20,7 @@ from gradatim.engine.beyond import Beyond
 from gradatim.engine.generation import Generation, KeyReader, StateReader
 from gradatim.engine.runner import Runner
 from gradatim.engine.scheduler import Scheduler
-from gradatim.errors import AdapterError, EngineError, InvalidRequestError, PromptTooLongError
+from gradatim.errors import AdapterError, EngineError, InvalidRequestError, OverloadedError, PromptTooLongError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.nn.render import Renderer
@@ -158,11 +158,7 @@ class TransformersEngine:
         try:
             self._check(request.sampling)
             prompt_ids, known = await asyncio.to_thread(self._prompt_ids, request)
-            reading = self._reading(request, len(prompt_ids))
-            if reading is None:
-                limit = self._limit(len(prompt_ids), request.sampling)
-            else:
-                limit, reserved = self._far_limit(reading, len(prompt_ids), known, request.sampling)
+            reading, limit, reserved = self._bounds(request, len(prompt_ids), known)
             generation = Generation(
                 prompt_ids,
                 request.sampling,
@@ -198,21 +194,27 @@ class TransformersEngine:
         if self.beyond is not None:
             self.beyond.give_back(reserved)
 
-    def _reading(self, request: Request, prompt_tokens: int) -> Reading | None:
-        """None where the request needs no more than the window."""
-        reading = request.reading
-        if reading is None or self.beyond is None:
-            return None
-        fits = prompt_tokens + (request.sampling.max_tokens or 1) <= self._context_tokens
-        return None if fits and not reading.wanted else reading
+    def _bounds(self, request: Request, prompt_tokens: int, known: int) -> tuple[Reading | None, int, int]:
+        """What the request goes on from (None where it needs no more than the window), the tokens that each choice may
+        have, and the bytes that are reserved for what leaves the window."""
+        reading, sampling = request.reading, request.sampling
+        wanted = reading is not None and reading.wanted
+        fits = prompt_tokens + (sampling.max_tokens or 1) <= self._context_tokens
+        if reading is not None and self.beyond is not None and (wanted or not fits):
+            try:
+                return reading, *self._far_bounds(self.beyond, reading, prompt_tokens, known, sampling)
+            except (PromptTooLongError, OverloadedError):
+                if wanted or prompt_tokens >= self._context_tokens:
+                    raise  # else its answer ends with the window, as it would without memory
+        return None, self._limit(prompt_tokens, sampling), 0
 
-    def _far_limit(self, reading: Reading, prompt_tokens: int, known: int, sampling: Sampling) -> tuple[int, int]:
-        """Tokens that each choice may have, and bytes that are reserved for what leaves the window."""
-        assert self.beyond is not None
+    def _far_bounds(
+        self, beyond: Beyond, reading: Reading, prompt_tokens: int, known: int, sampling: Sampling
+    ) -> tuple[int, int]:
         before = reading.before
         local, read = (0, 0) if before is None else (before.local, before.local + before.remembered)
-        limit = self.beyond.limit(prompt_tokens - known, known, sampling.max_tokens)
-        return limit, self.beyond.reserve(prompt_tokens - read, local, limit, sampling.n)
+        limit = beyond.limit(prompt_tokens - known, known, sampling.max_tokens)
+        return limit, beyond.reserve(prompt_tokens - read, local, limit, sampling.n)
 
     def _check(self, sampling: Sampling) -> None:
         if not 1 <= sampling.n <= self._config.max_batch:
