@@ -274,6 +274,7 @@ class MemoryConfig:
     __pydantic_config__ = _STRICT
     decisions: bool = False  # answers that were judged change the next ones in the same situation
     tokens: bool = False  # tokens of answers that were judged good become likelier where the text stands alike
+    attention: bool = False  # prompts and sessions may be longer than the window: attention to the nearest keys beyond
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
     width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
@@ -284,6 +285,9 @@ class MemoryConfig:
     neighbours: Annotated[int, Field(ge=1, le=1024)] = 32  # remembered tokens that have a say in the next one
     temperature: Annotated[float, Field(gt=0.0)] = 0.095  # of their squared distances, which are 0 to 4
     sure: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # tokens are not looked up where the model gives one this
+    attention_tokens: Annotated[int, Field(ge=1)] = 16_384  # of a session, beyond the window; the oldest go first
+    attention_sessions: Annotated[int, Field(ge=1)] = 16  # of each tenant; the least recently used go first
+    attention_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30  # of all sessions; as much again for requests that run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,8 @@ GradatimError
     OverloadedError                 the queue is full; try again later
     UnknownAdapterError (KeyError)  that adapter is not loaded or does not exist
     ModelError                      the base model cannot be loaded
+  SessionError (RuntimeError)       a session cannot be gone on from now
+    UnknownSessionError             there is none of that name
   StoreError (RuntimeError)         a record could not be read or written
     TransitionError                 an adapter may not move between those two stages
     ConflictError                   this id was already used for another target
@@ -60,6 +62,14 @@ class UnknownAdapterError(EngineError, KeyError):
 
 class ModelError(EngineError):
     """The base model cannot be loaded."""
+
+
+class SessionError(GradatimError, RuntimeError):
+    """A session cannot be gone on from now: another request has it, or it was forgotten."""
+
+
+class UnknownSessionError(SessionError):
+    """There is no session of that name: it never was, or it was evicted or forgotten."""
 
 
 class StoreError(GradatimError, RuntimeError):

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+    from gradatim.nn.session import Session
+
 R = TypeVar("R", bound=Record)
 K = TypeVar("K", bound=Kept)
 
@@ -95,6 +97,45 @@ class TokenMixer(Protocol):
         ``states`` (M, H): what went into the layer that the engine was told to look at, where the next tokens are
         predicted; ``logits`` (M, V) are the model's own, and are not written to.
         """
+
+
+class Reading(Protocol):
+    """What one request goes on from: a session, or nothing. With it, prompt and answer may be longer than the engine's
+    window. The engine's thread calls it, and no call takes longer than its bookkeeping."""
+
+    before: Session | None  # as other requests left it, and never changed; None: nothing was read before
+    wanted: bool  # what is read now is to be kept for a later request
+    forgotten: bool  # since it was opened; the request must end
+
+    def keep(self, session: Session) -> None:
+        """The first choice is complete, and the session stands here. It may share memory with ``before``."""
+
+    def tell(self, kept: int, attended: int, share: float) -> None:
+        """How many tokens beyond the window there were at the end, how many tokens were drawn while there were any,
+        and which share of the attention they took."""
+
+    def fail(self) -> None:
+        """It could not be kept, and is what it was before."""
+
+
+class Sessions(Protocol):
+    """What conversations have read, so that a request can go on from it. Methods may block for a file at most."""
+
+    def open(
+        self, user: str, session_id: str, adapter_sha256: str, *, episode_id: EpisodeId, must_exist: bool = False
+    ) -> OpenReading:
+        """For one request; "" as the id: of a session that nobody can go on from. SessionError where another request
+        has it, UnknownSessionError where it must exist and does not."""
+
+
+class OpenReading(Reading, Protocol):
+    """As its owner sees it."""
+
+    def trace(self) -> Mapping[str, Any]:
+        """What it came to, for the record; empty where the engine did without it."""
+
+    def close(self) -> None:
+        """The request has ended; what it keeps from now on is ignored. May be called twice."""
 
 
 class Memory(Protocol):

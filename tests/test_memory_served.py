@@ -81,7 +81,8 @@ async def product(base: Base, config: Config) -> AsyncIterator[Product]:
                 admin=FakeAdmin(),
                 metrics=metrics,
                 memory=kept.on,
-                memory_admin=kept.kept,
+                memory_admin=kept.admin,
+                sessions=kept.sessions,
             )
             follow = asyncio.create_task(kept.follower.watch()) if kept.follower else None
             transport = httpx.ASGITransport(app)

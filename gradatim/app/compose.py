@@ -88,8 +88,9 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 
 
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
-    """The layer whose input is the key: the middle one. None where memory is off: the engine does not look."""
-    on = config.memory.decisions or config.memory.tokens
+    """The layer whose input is the key of a situation: the middle one. None where no memory that is on asks where a
+    request stands: the engine does not look, and reads nothing again for it."""
+    on = config.memory.decisions
     return (base.model.config.get_text_config().num_hidden_layers // 2,) if on else ()
 
 
@@ -113,6 +114,8 @@ def build_engine(config: Config, base: Base) -> TransformersEngine:
         max_queue=config.server.max_queue,
         key_layers=key_layers(config, base),
         token_layer=token_layer(config, base),
+        attention_tokens=config.memory.attention_tokens if config.memory.attention else 0,
+        attention_bytes=config.memory.attention_bytes,
     )
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Gauge
 
 from gradatim.app import compose
+from gradatim.app.remembered import Remembered
 from gradatim.config import Config
-from gradatim.errors import ForeignMemoryError
+from gradatim.errors import ConfigError, ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.token_folders import TokenFolders
 from gradatim.store import SqlShelf, SqlStore
 from gradatim.types import Adapter, Stage
@@ -25,6 +27,7 @@ from gradatim.types import Adapter, Stage
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.memory.follow import Follower
+    from gradatim.memory.sessions import SessionStore
     from gradatim.memory.tokens import TokenMemory
     from gradatim.nn.base import Base
 
@@ -43,6 +46,13 @@ _SHOWN = {
     "gradatim_memory_retrieved": "share of the tokens drawn since the start that the token memory had a part in",
     "gradatim_memory_lambda": "its mean part in those",
     "gradatim_memory_damaged": "keys that could not be read and are made anew",
+    "gradatim_memory_sessions": "conversations that can be gone on from",
+    "gradatim_memory_session_tokens": "that those in the server process hold, in the window and beyond it",
+    "gradatim_memory_session_bytes": "of sessions",
+    "gradatim_memory_session_attended": "tokens drawn while something lay beyond the window",
+    "gradatim_memory_session_reread": "sessions whose tokens were read anew because other weights answered",
+    "gradatim_memory_session_evicted": "sessions that went to stay within the bounds",
+    "gradatim_memory_session_failed": "answers that their session could not keep, or sessions lost on disk",
 }
 
 
@@ -54,9 +64,18 @@ class Remembering:
     on: DecisionMemory | None = None
     follower: Follower | None = None
     tokens: TokenMemory | None = None
+    sessions: SessionStore | None = None
+    folder: SessionFolder | None = None  # of sessions, on or off
+
+    @property
+    def admin(self) -> Remembered:
+        """What an operator asks."""
+        return Remembered(self.kept, self.sessions, self.folder)
 
     def close(self) -> None:
         """Write to disk what saves work at the next start."""
+        if self.sessions is not None:
+            self.sessions.write()
         if self.tokens is not None:
             self.tokens.write()
 
@@ -73,12 +92,49 @@ def open_kept(config: Config, store: SqlStore) -> DecisionMemory:
     )
 
 
+def open_admin(config: Config, store: SqlStore) -> Remembered:
+    """The same, with the sessions that lie on disk."""
+    return Remembered(open_kept(config, store), None, session_folder(config))
+
+
+def session_folder(config: Config) -> SessionFolder:
+    return SessionFolder(Path(config.data_dir) / "memory" / "sessions")
+
+
 def token_folders(config: Config) -> TokenFolders:
     return TokenFolders(Path(config.data_dir) / "memory" / "tokens")
 
 
 def build_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
-    """StoreError."""
+    """StoreError; ConfigError where no session would fit."""
+    judged = _judged_memory(config, store, base, engine)
+    return replace(judged, sessions=_sessions(config, base, engine), folder=session_folder(config))
+
+
+def _sessions(config: Config, base: Base, engine: TransformersEngine) -> SessionStore | None:
+    """None where it is off."""
+    if engine.beyond is None:
+        return None
+    from gradatim.memory.sessions import SessionStore
+    from gradatim.nn.render import Renderer
+
+    beyond, settings = engine.beyond, config.memory
+    if beyond.session_bytes > settings.attention_bytes:
+        raise ConfigError(
+            f"memory.attention_bytes = {settings.attention_bytes} holds no session: one of {beyond.window} tokens in "
+            f"the window (engine.max_context_tokens) and {settings.attention_tokens} beyond it "
+            f"(memory.attention_tokens) takes {beyond.session_bytes}"
+        )
+    return SessionStore(
+        session_folder(config),
+        settings,
+        base_sha256=base.sha256,
+        tokenizer_sha256=Renderer(base).digest(),
+        space=f"{base.dtype} {beyond.window}",
+    )
+
+
+def _judged_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
     if not (config.memory.decisions or config.memory.tokens):
         return Remembering(open_kept(config, store))
     from gradatim.memory.follow import Follower
@@ -142,7 +198,7 @@ def _token_memory(config: Config, base: Base) -> TokenMemory | None:
 
 def show_figures(remembering: Remembering, registry: CollectorRegistry) -> None:
     """As metrics; one says whether it is on."""
-    memory = remembering.kept
+    memory = remembering.admin
 
     def reader(name: str) -> Callable[[], float]:
         return lambda: float(memory.stats().get(name.removeprefix("gradatim_memory_"), 0.0))

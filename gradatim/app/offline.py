@@ -18,7 +18,7 @@ import httpx
 from gradatim.app import compose, report
 from gradatim.app.administration import Administration
 from gradatim.app.home import Home
-from gradatim.app.memory import open_kept
+from gradatim.app.memory import open_admin
 from gradatim.config import Config
 from gradatim.errors import ConfigError, InUseError, UnknownAdapterError
 from gradatim.reward import queue
@@ -54,7 +54,7 @@ def ask(config: Config, method: str, path: str, body: Mapping[str, Any] | None) 
     open_config = replace(config, server=replace(config.server, api_key=""))
     with _existing(config) as store:
         admin = Administration(open_config, store, loop=lambda: {"state": "off", "restarts": 0}, turn_to=lambda: None)
-        kept = open_kept(config, store) if path.startswith("/v1/memory") else None  # it takes a while to read
+        kept = open_admin(config, store) if path.startswith("/v1/memory") else None  # it takes a while to read
         app = build_app(
             engine=_Absent(), store=store, router=_Absent(), config=open_config, admin=admin, memory_admin=kept
         )

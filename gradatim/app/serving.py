@@ -147,7 +147,8 @@ async def _answer(
         admin=admin,
         metrics=metrics,
         memory=remembering.on,
-        memory_admin=remembering.kept,
+        memory_admin=remembering.admin,
+        sessions=remembering.sessions,
     )
     server = _Uvicorn(
         uvicorn.Config(
@@ -171,6 +172,8 @@ async def _answer(
         work["supervisor"] = supervisor.run()
     if remembering.follower is not None:
         work["memory"] = remembering.follower.watch()
+    if remembering.sessions is not None:
+        work["sessions"] = remembering.sessions.watch()
     tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in work.items()]
     for task in tasks:
         task.add_done_callback(lambda done: _end_with(done, server))

@@ -96,7 +96,7 @@ def undo_epoch(
 
 
 def forget(
-    scope: Annotated[str, typer.Argument(help="user, tenant, episode, source, entry or all.")],
+    scope: Annotated[str, typer.Argument(help="user, tenant, episode, session, source, entry or all.")],
     value: Annotated[str, typer.Argument(help="Which one; nothing for all.")] = "",
     reason: Reason = "forgotten by hand",
     file: ConfigFile = None,
@@ -106,7 +106,7 @@ def forget(
 ) -> None:
     """Delete what is remembered of somebody or something, for good and by the next token."""
     body = {"scope": scope, "value": value, "reason": reason}
-    _change("forget", body, "{entries} entries are forgotten", file, data_dir, name, as_json)
+    _change("forget", body, "{entries} entries and {sessions} sessions are forgotten", file, data_dir, name, as_json)
 
 
 def _change(

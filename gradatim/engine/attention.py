@@ -9,9 +9,9 @@ Shapes: L layers, S row slots, H key-value heads, G query heads for each of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,25 @@ NAME = "gradatim_rows"  # under which transformers' models find ``_attention``
 _MIN_CAPACITY = 256
 
 
+class FarRow(Protocol):
+    """The attention of one row that reaches beyond its slot."""
+
+    def attend(self, layer: int, q: Tensor, keys: Tensor, values: Tensor, scale: float | None) -> Tensor | None:
+        """(n, G*H, E) of queries (G*H, n, E) over the slot's keys and values (H, m, E), of which the last n are their
+        own, and what lies beyond; None where that layer looks no farther than the slot."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive tokens of one row: one of a row that decodes, or a chunk of a prompt."""
 
     slot: int
-    start: int  # position of the first
+    start: int  # place of the first in the slot
     ids: Sequence[int]
     lora_slot: int = 0
     wants_logits: bool = True  # of its last token
+    offset: int = 0  # position of the token at place 0
+    far: FarRow | None = None  # where the row reaches beyond its slot
 
 
 @dataclass(slots=True)
@@ -42,6 +52,7 @@ class Plan:
     rows: Tensor  # (D,)
     positions: Tensor  # (D,) of the new token of each decoding row
     span: int  # the longest decoding row, its new token included
+    far: Mapping[int, FarRow]  # by the number of the segment
     _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
@@ -64,6 +75,7 @@ def make_plan(segments: Sequence[Segment], decoding: int, device: torch.device) 
         torch.arange(decoding, device=device),
         torch.tensor(starts, dtype=torch.long, device=device),
         max(starts, default=-1) + 1,
+        {i: segment.far for i, segment in enumerate(segments) if segment.far is not None},
     )
 
 
@@ -139,19 +151,21 @@ class RowCache:
                 grouped, keys[:d, :, : plan.span], values[:d, :, : plan.span], attn_mask=mask, scale=scale
             )
             out[0, :d] = got.reshape(d, q.shape[1], -1)
+            for i in (i for i in plan.far if i < d):  # over again
+                end = plan.segments[i].start + 1
+                far = plan.far[i].attend(layer, q[0, :, i : i + 1], keys[i, :, :end], values[i, :, :end], scale)
+                if far is not None:
+                    out[0, i : i + 1] = far
         at = d
-        for segment in plan.segments[d:]:
+        for i, segment in enumerate(plan.segments[d:], d):
             n, end = len(segment.ids), segment.start + len(segment.ids)
             keys[segment.slot, :, segment.start : end] = k[0, :, at : at + n]
             values[segment.slot, :, segment.start : end] = v[0, :, at : at + n]
-            got = _causal(
-                q[:, :, at : at + n],
-                keys[segment.slot, None, :, :end],
-                values[segment.slot, None, :, :end],
-                scale,
-                window,
-            )
-            out[:, at : at + n] = got.transpose(1, 2)
+            mine, of_slot = q[:, :, at : at + n], (keys[segment.slot, :, :end], values[segment.slot, :, :end])
+            far = plan.far[i].attend(layer, mine[0], *of_slot, scale) if i in plan.far else None
+            if far is None:
+                far = _causal(mine, of_slot[0][None], of_slot[1][None], scale, window)[0].transpose(0, 1)
+            out[0, at : at + n] = far
             at += n
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from torch import Tensor
 from gradatim.engine.sampling import Drawn, Draws, new_draws
 from gradatim.engine.text import StopFilter
 from gradatim.nn.render import Renderer
-from gradatim.protocols import Recollection
+from gradatim.protocols import Reading, Recollection
 from gradatim.types import AdapterId, Delta, Sampling, Started, Token
 
 if TYPE_CHECKING:
@@ -42,21 +43,26 @@ class Generation:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: bool = False  # the caller has left
     recollection: Recollection | None = None
-    turn: tuple[int, int] = (0, 0)  # the prompt tokens [a, b) over which the key of a memory is averaged
+    turn: tuple[int, int] | None = None  # prompt tokens [a, b) over which a memory's key is averaged; None: it has none
+    reread_from: int = sys.maxsize  # prompt tokens from here on are read though they may be cached
+    reading: Reading | None = None  # of a request that may outgrow the window
+    reserved: int = 0  # bytes, for what leaves the window
     seen: Tensor | None = None  # (H,) sum of the states of those that were read
     memory_failed: bool = False
 
     def look(self, states: Tensor, start: int) -> None:
         """``states`` (T, H) of the prompt's tokens from position ``start`` on."""
+        if self.recollection is None or self.turn is None:
+            return
         first, last = (min(max(at - start, 0), len(states)) for at in self.turn)
-        if self.recollection is None or first >= last:
+        if first >= last:
             return
         seen = states[first:last].float().sum(0)
         self.seen = seen if self.seen is None else self.seen + seen
 
     def situate(self) -> None:
         """The prompt is read: tell the memory where we are."""
-        if self.recollection is None:
+        if self.recollection is None or self.turn is None:
             return
         try:
             if self.seen is None:

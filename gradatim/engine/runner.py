@@ -52,8 +52,15 @@ class Runner:
     def device(self) -> torch.device:
         return self._base.device
 
-    def states(self) -> Tensor:
-        """What went into the key layers in the last forward pass, side by side: (N, layers * H)."""
+    @property
+    def model(self) -> Any:
+        return self._model
+
+    def states(self) -> Tensor | None:
+        """What went into the key layers in the last forward pass, side by side, (N, layers * H); None where there are
+        none."""
+        if not self._key_layers:
+            return None
         return torch.cat([self._states[layer] for layer in self._key_layers], -1)
 
     def token_states(self) -> Tensor | None:
@@ -78,7 +85,7 @@ class Runner:
         device = self._base.device
         counts = [len(s.ids) for s in segments]
         ids = torch.tensor([i for s in segments for i in s.ids], device=device)
-        positions = torch.tensor([s.start + i for s in segments for i in range(len(s.ids))], device=device)
+        positions = torch.tensor([s.offset + s.start + i for s in segments for i in range(len(s.ids))], device=device)
         ends = torch.tensor(counts, device=device).cumsum(0) - 1
         wanted = torch.tensor([s.wants_logits for s in segments], device=device)
         self.lora.groups.set([s.lora_slot for s in segments], counts, device)

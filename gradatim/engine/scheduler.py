@@ -3,31 +3,32 @@
 One thread owns the model. Each step takes one token from every row that decodes and a bounded chunk of the prompts
 that are being read, in one forward pass, so that a long prompt does not hold up running streams (chunked prefill,
 Agrawal 2023, arXiv:2308.16369). It knows nothing of files, chat templates or the wire.
-
-Row slots: 0..D-1 decode, D..R-1 read their prompt or wait for the one that reads it for them.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from threading import Condition, Thread
 
 import torch
 from torch import Tensor
 
 from gradatim.engine.attention import Segment
-from gradatim.engine.generation import Choice, Event, Generation, StateReader, make_choices
+from gradatim.engine.batch import Batch, Row
+from gradatim.engine.beyond import Beyond
+from gradatim.engine.generation import Generation, StateReader, make_choices
 from gradatim.engine.mixing import mixed_in
+from gradatim.engine.outbox import Outbox
 from gradatim.engine.prefix import PrefixCache
 from gradatim.engine.runner import Runner
 from gradatim.engine.sampling import draw
-from gradatim.errors import EngineError, OverloadedError
+from gradatim.engine.sessions import FarRows, is_gone
+from gradatim.errors import EngineError, OverloadedError, SessionError
 from gradatim.nn.render import Renderer
 from gradatim.protocols import TokenMixer
 from gradatim.types import Started
@@ -37,21 +38,6 @@ logger = logging.getLogger(__name__)
 STEP_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _PROMPT_TOKENS = {"cpu": (64, 512), "cuda": (1024, 8192)}  # read in one step: while others decode, and alone
 _IDLE_CAPACITY = 1024  # positions; more than that is given back when nothing runs
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One sequence with keys and values in a slot."""
-
-    choice: Choice
-    slot: int
-    length: int = 0  # tokens whose keys and values are in the slot
-    siblings: Sequence[Row] = ()  # of the row that reads the prompt: the further choices, which copy it
-    reads: bool = False  # its own prompt
-
-    @property
-    def generation(self) -> Generation:
-        return self.choice.generation
 
 
 class Scheduler:
@@ -67,19 +53,20 @@ class Scheduler:
         max_queue: int,
         threads: int,
         ended: Callable[[Generation], None],
+        beyond: Beyond | None = None,
     ) -> None:
         self._runner, self._renderer, self._eos_ids = runner, renderer, eos_ids
         self._prefix = PrefixCache(prefix_cache_tokens)
         self._max_queue, self._threads, self._ended = max_queue, threads, ended
         self.token_memory: TokenMixer | None = None
-        self._rows: list[Row] = []  # by slot
-        self._decoding = 0  # D
+        self._batch = Batch(runner.cache)
+        self._far = FarRows(runner.cache, beyond)
         self._open: dict[Generation, int] = {}  # how many of its choices have not ended
         self._wake = Condition()
         self._waiting: deque[Generation] = deque()
         self._commands: deque[Callable[[], None]] = deque()
         self._closed = False
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Event]]] = {}
+        self._outbox = Outbox()
         self._counts: Counter[str] = Counter()
         self._step_s = 0.0
         self._buckets = [0] * len(STEP_BUCKETS_S)
@@ -139,7 +126,7 @@ class Scheduler:
         return {
             "running": float(len(self._open)),
             "waiting": float(len(self._waiting)),
-            "rows": float(len(self._rows)),
+            "rows": float(len(self._batch)),
             "prefix_cache_tokens": float(self._prefix.tokens),
             "step_seconds_sum": self._step_s,
             **{
@@ -159,31 +146,32 @@ class Scheduler:
                 self._leave_cancelled()
                 self._admit()
                 self._step()
-                if not self._rows and self._runner.cache.capacity > _IDLE_CAPACITY:
+                if not self._batch and self._runner.cache.capacity > _IDLE_CAPACITY:
                     self._runner.cache.release()
             except Exception:  # the process boundary of the engine: what is running fails, the thread goes on
                 logger.exception("an engine step failed; its requests fail with it")
                 self._fail(list(self._open), "the engine failed in this step; its log says why")
-            self._deliver()
+            self._outbox.deliver()
         self._fail([*self._open, *self._waiting], "the engine was closed")
         self._waiting.clear()
-        self._deliver()
+        self._outbox.deliver()
 
     def _await_work(self) -> bool:
         """Run commands; wait until there is something to do. False once closed."""
         while True:
             with self._wake:
-                while not (self._closed or self._commands or self._waiting or self._rows):
+                while not (self._closed or self._commands or self._waiting or self._batch):
                     self._wake.wait()
                 commands, self._commands = self._commands, deque()
                 if self._closed and not commands:
                     return False
             for command in commands:
                 command()
-            if self._waiting or self._rows:
+            if self._waiting or self._batch:
                 return True
 
     def _leave_cancelled(self) -> None:
+        self._fail([g for g in self._open if is_gone(g.reading)], SessionError("the session was forgotten meanwhile"))
         for generation in [g for g in self._open if g.cancelled]:
             self._counts["aborted"] += 1
             self._end(generation)
@@ -195,39 +183,33 @@ class Scheduler:
             self._ended(generation)
 
     def _admit(self) -> None:
-        while self._waiting and len(self._rows) + self._waiting[0].sampling.n <= self._runner.cache.slots:
+        while self._waiting and len(self._batch) + self._waiting[0].sampling.n <= self._runner.cache.slots:
             with self._wake:
                 generation = self._waiting.popleft()
                 self._open[generation] = generation.sampling.n
-            choices = make_choices(generation, self._renderer, self._eos_ids)
-            rows = [Row(choice, len(self._rows) + i) for i, choice in enumerate(choices)]
-            self._rows.extend(rows)
-            first = rows[0]
-            first.reads, first.siblings = True, rows[1:]
-            self._begin(generation, first)
+            self._begin(generation, self._batch.add(make_choices(generation, self._renderer, self._eos_ids)))
 
     def _begin(self, generation: Generation, first: Row) -> None:
-        """Restore what is cached of the prompt; at least its last token is read, for its logits."""
-        ids = generation.prompt_ids[: self._reread_from(generation)]
-        known = self._prefix.match(generation.prefix_key, ids)
+        """Restore what is known of the prompt; at least its last token is read, for its logits."""
         try:
-            self._reserve(known)
-            first.length = self._prefix.restore(generation.prefix_key, ids, self._runner.cache, first.slot)
+            self._batch.reserve(self._far.held(first))
+            self._far.begin(first)
+            if not first.read:
+                self._restore(generation, first)
         except RuntimeError:
-            logger.exception("no memory for a cached prompt")
+            logger.exception("no memory for a prompt that is known")
             self._fail([generation], "not enough memory for this prompt")
             return
-        self._counts["prefix_hit_tokens"] += first.length
         self._counts["prompt_tokens"] += len(generation.prompt_ids)
-        self._send(generation, Started(prompt_ids=generation.prompt_ids, cached_tokens=first.length))
+        self._outbox.put(generation, Started(prompt_ids=generation.prompt_ids, cached_tokens=first.read))
 
-    def _reread_from(self, generation: Generation) -> int:
-        """What a memory is to look at is read, whether it is cached or not."""
+    def _restore(self, generation: Generation, first: Row) -> None:
+        """What the prefix cache has, up to what a memory is to look at, which is read whether it is cached or not."""
         last = len(generation.prompt_ids) - 1
-        return last if generation.recollection is None else min(last, generation.turn[0])
-
-    def _reserve(self, positions: int) -> None:
-        self._runner.cache.reserve(positions, [row.length for row in self._rows])
+        ids = generation.prompt_ids[: min(last, generation.reread_from, self._far.room(first))]
+        self._batch.reserve(self._prefix.match(generation.prefix_key, ids))
+        first.length = self._prefix.restore(generation.prefix_key, ids, self._runner.cache, first.slot)
+        self._counts["prefix_hit_tokens"] += first.length
 
     def _step(self) -> None:
         rows, segments = self._plan()
@@ -243,23 +225,24 @@ class Scheduler:
         for i, bound in enumerate(STEP_BUCKETS_S):
             self._buckets[i] += seconds <= bound
 
-    def _plan(self) -> tuple[list[Row], list[Segment]]:
-        rows = self._rows[: self._decoding]
-        segments = [Segment(r.slot, r.length, r.choice.ids[-1:], r.generation.lora_slot) for r in rows]
-        reading = [r for r in self._rows[self._decoding :] if r.reads]
+    def _plan(self) -> tuple[Sequence[Row], Sequence[Segment]]:
+        rooms, stuck = self._far.rooms(self._batch.rows)
+        self._fail(list(dict.fromkeys(row.generation for row in stuck)), "not enough memory for what leaves the window")
+        rows = self._batch.rows[: self._batch.decoding]
+        segments = [row.next(row.choice.ids[-1:]) for row in rows]
+        reading = [r for r in self._batch.rows[self._batch.decoding :] if r.reads]
         beside, alone = _PROMPT_TOKENS.get(self._runner.device.type, _PROMPT_TOKENS["cpu"])
         share = max(1, (beside if rows else alone) // max(1, len(reading)))
         for row in reading:
             prompt = row.generation.prompt_ids
-            end = min(len(prompt), row.length + share)
-            ids = prompt[row.length : end]
-            segments.append(Segment(row.slot, row.length, ids, row.generation.lora_slot, end == len(prompt)))
-        return rows + reading, segments
+            end = min(len(prompt), row.read + min(share, rooms[row]))
+            segments.append(row.next(prompt[row.read : end], end == len(prompt)))
+        return rows + reading, self._far.reach(rows + reading, segments)
 
     def _forward(self, rows: Sequence[Row], segments: Sequence[Segment]) -> None:
         try:
-            self._reserve(max(s.start + len(s.ids) for s in segments))
-            logits = self._runner.forward(segments, self._decoding)
+            self._batch.reserve(max(s.start + len(s.ids) for s in segments))
+            logits = self._runner.forward(segments, self._batch.decoding)
         except RuntimeError as e:  # torch's own, out of memory among them
             if len(rows) == 1:
                 logger.exception("a forward pass failed")
@@ -275,9 +258,9 @@ class Scheduler:
         for row, segment in zip(rows, segments, strict=True):
             if row.generation not in self._open:
                 continue
-            alone = Segment(row.slot, segment.start, segment.ids, segment.lora_slot, segment.wants_logits)
+            alone = replace(segment, slot=row.slot)  # which may be another one by now
             try:
-                self._reserve(segment.start + len(segment.ids))
+                self._batch.reserve(segment.start + len(segment.ids))
                 logits = self._runner.forward([alone], 0)
             except RuntimeError as e:
                 logger.exception("a forward pass of one row failed")
@@ -326,7 +309,7 @@ class Scheduler:
                 continue
             delta = row.choice.take(token, float(own[i, token.id] - own[i].logsumexp(-1)) if i in changed else None)
             self._counts["generated_tokens"] += 1
-            self._send(row.generation, delta)
+            self._outbox.put(row.generation, delta)
             if delta.finish_reason:
                 self._finish(row)
 
@@ -336,11 +319,12 @@ class Scheduler:
             return
         states, late, at = self._runner.states(), self._runner.token_states(), 0  # (N, H)
         for row, segment in zip(rows, segments, strict=True):
-            if row.reads:
-                row.generation.look(states[at : at + len(segment.ids)], segment.start)
-                if late is not None and isinstance(row.generation.recollection, StateReader):
-                    row.generation.recollection.read(late[at : at + len(segment.ids)], segment.start)
-            at += len(segment.ids)
+            end = at + len(segment.ids)
+            if row.reads and states is not None:
+                row.generation.look(states[at:end], row.read)
+            if row.reads and late is not None and isinstance(row.generation.recollection, StateReader):
+                row.generation.recollection.read(late[at:end], row.read)
+            at = end
 
     def _remember(self, drawing: Sequence[Row], logits: Tensor) -> None:
         """What memories add to the next tokens of the rows that have one."""
@@ -354,69 +338,38 @@ class Scheduler:
         generation = row.generation
         generation.situate()
         self._counts["memory_failed"] += generation.memory_failed
-        self._prefix.insert(generation.prefix_key, generation.prompt_ids, self._runner.cache, row.slot)
-        started = [row, *row.siblings]
-        for other in row.siblings:
-            self._runner.cache.copy(row.slot, other.slot, row.length)
-            other.length = row.length
-        row.reads, row.siblings = False, ()
-        for each in started:
-            self._swap(each.slot, self._decoding)
-            self._decoding += 1
+        if row.whole:
+            self._prefix.insert(generation.prefix_key, generation.prompt_ids, self._runner.cache, row.slot)
+        started = self._batch.start(row)
+        self._far.start(started)
         return started
-
-    # --------------------------------------------------------------------------------------------- slots
-
-    def _swap(self, a: int, b: int) -> None:
-        if a == b:
-            return
-        first, second = self._rows[a], self._rows[b]
-        self._runner.cache.swap(a, b, max(first.length, second.length))
-        self._rows[a], self._rows[b] = second, first
-        first.slot, second.slot = b, a
-
-    def _remove(self, row: Row) -> None:
-        """Free its slot, with the last rows taking the places that become empty."""
-        row.length = 0
-        if row.slot < self._decoding:
-            self._move_last_into(row, self._decoding - 1)
-            self._decoding -= 1
-        self._move_last_into(row, len(self._rows) - 1)
-        self._rows.pop()
-
-    def _move_last_into(self, hole: Row, last: int) -> None:
-        """Exchange a row that holds nothing with another, copying one way only."""
-        if hole.slot == last:
-            return
-        other = self._rows[last]
-        self._runner.cache.copy(last, hole.slot, other.length)
-        self._rows[hole.slot], self._rows[last] = other, hole
-        hole.slot, other.slot = last, hole.slot
 
     # ------------------------------------------------------------------------------------------- endings
 
     def _finish(self, row: Row) -> None:
         """One choice is complete."""
         generation = row.generation
-        fed = (*generation.prompt_ids, *row.choice.ids)[: row.length]
-        self._prefix.insert(generation.prefix_key, fed, self._runner.cache, row.slot)
-        self._remove(row)
+        if row.whole:
+            fed = (*generation.prompt_ids, *row.choice.ids)[: row.length]
+            self._prefix.insert(generation.prefix_key, fed, self._runner.cache, row.slot)
+        self._far.finish(row)
+        self._batch.remove(row)
         self._open[generation] -= 1
         if not self._open[generation]:
             self._end(generation)
 
     def _end(self, generation: Generation) -> None:
-        for row in [r for r in self._rows if r.generation is generation]:
-            self._remove(row)
+        for row in self._batch.of(generation):
+            self._batch.remove(row)
         with self._wake:
             known = self._open.pop(generation, None) is not None
         if known:
             self._ended(generation)
 
-    def _fail(self, generations: Sequence[Generation], reason: str) -> None:
+    def _fail(self, generations: Sequence[Generation], reason: str | SessionError) -> None:
         for generation in generations:
             self._counts["failed"] += 1
-            self._send(generation, EngineError(reason))
+            self._outbox.put(generation, EngineError(reason) if isinstance(reason, str) else reason)
             if generation in self._open:
                 self._end(generation)
             else:
@@ -427,22 +380,4 @@ class Scheduler:
             [generation], f"{generation.adapter_id} gave numbers that are not finite: roll back to an earlier adapter"
         )
         self._prefix.drop(generation.prefix_key)
-        self._runner.cache.scrub([row.length for row in self._rows])
-
-    def _send(self, generation: Generation, event: Event) -> None:
-        self._outbox.setdefault(generation.loop, []).append((generation, event))
-
-    def _deliver(self) -> None:
-        """One call into each event loop for everything a step brought."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, events in outbox.items():
-            try:
-                loop.call_soon_threadsafe(_put_all, events)
-            except RuntimeError:  # that loop is closed: its callers are gone
-                for generation, _ in events:
-                    generation.cancelled = True
-
-
-def _put_all(events: Sequence[tuple[Generation, Event]]) -> None:
-    for generation, event in events:
-        generation.events.put_nowait(event)
+        self._batch.scrub()

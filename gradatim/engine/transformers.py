@@ -16,14 +16,15 @@ import torch
 
 from gradatim.config import EngineConfig
 from gradatim.engine.adapters import BASE_SLOT, AdapterPool
+from gradatim.engine.beyond import Beyond
 from gradatim.engine.generation import Generation, KeyReader, StateReader
 from gradatim.engine.runner import Runner
 from gradatim.engine.scheduler import Scheduler
-from gradatim.errors import AdapterError, EngineError, InvalidRequestError, PromptTooLongError
+from gradatim.errors import AdapterError, EngineError, InvalidRequestError, OverloadedError, PromptTooLongError
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.nn.render import Renderer
-from gradatim.protocols import TokenMixer
+from gradatim.protocols import Reading, TokenMixer
 from gradatim.types import Adapter, AdapterId, Delta, Message, Request, Sampling, Started, Step
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class TransformersEngine:
 
     ``data_dir`` is what adapters' paths are relative to; ``max_queue`` bounds the requests waiting or running;
     ``key_layers`` are those whose input is the key of a memory (none: it cannot be asked), ``token_layer`` the one
-    whose input is that of a token memory.
+    whose input is that of a token memory. ``attention_tokens`` (0: none) of each row are attended to beyond the
+    window, within ``attention_bytes`` of all rows that run.
     ModelError where the embedded engine does not support the architecture.
     """
 
@@ -53,10 +55,23 @@ class TransformersEngine:
         max_queue: int = 256,
         key_layers: Sequence[int] = (),
         token_layer: int | None = None,
+        attention_tokens: int = 0,
+        attention_bytes: int = 0,
     ) -> None:
         self._base, self._renderer, self._config, self._data_dir = base, renderer, config, data_dir
         self._context_tokens = min(base.context_tokens, config.max_context_tokens or base.context_tokens)
+        self._places = bool(key_layers)
         self._runner = Runner(base, config.max_batch, config.adapter_slots, key_layers, token_layer)
+        self.beyond = (
+            Beyond(
+                self._runner.model,
+                window=self._context_tokens,
+                max_tokens=attention_tokens,
+                max_bytes=attention_bytes,
+            )
+            if attention_tokens
+            else None
+        )
         self._pool = AdapterPool(config.adapter_slots, freed=self._forget)
         self._loading = Lock()
         self._scheduler = Scheduler(
@@ -66,7 +81,8 @@ class TransformersEngine:
             prefix_cache_tokens=config.prefix_cache_tokens,
             max_queue=max_queue,
             threads=config.threads or max(1, (os.cpu_count() or 2) - 1),
-            ended=lambda generation: self._pool.release(generation.adapter_id),
+            ended=self._ended,
+            beyond=self.beyond,
         )
 
     async def generate(self, request: Request, adapter_id: AdapterId) -> AsyncIterator[Started | Delta]:
@@ -138,31 +154,67 @@ class TransformersEngine:
 
     async def _submit(self, request: Request, adapter_id: AdapterId, messages: Sequence[Message] | None) -> Generation:
         slot = self._pool.acquire(adapter_id)
-        submitted = False
+        submitted, reserved = False, 0
         try:
             self._check(request.sampling)
-            prompt_ids = await asyncio.to_thread(self._prompt_ids, request)
+            prompt_ids, known = await asyncio.to_thread(self._prompt_ids, request)
+            reading, limit, reserved = self._bounds(request, len(prompt_ids), known)
             generation = Generation(
                 prompt_ids,
                 request.sampling,
-                self._limit(len(prompt_ids), request.sampling),
+                limit,
                 adapter_id,
                 slot,
                 _BASE_PREFIX if slot == BASE_SLOT else adapter_id,
                 asyncio.get_running_loop(),
+                recollection=request.recollection,
+                reading=reading,
+                reserved=reserved,
             )
-            if request.recollection is not None:
-                generation.recollection = request.recollection
-                if isinstance(request.recollection, StateReader):
-                    generation.turn = request.recollection.start, len(prompt_ids)
-                else:
-                    generation.turn = await asyncio.to_thread(self._renderer.turn, prompt_ids, messages)
+            if isinstance(request.recollection, StateReader):
+                generation.reread_from = request.recollection.start
+            elif request.recollection is not None and self._places:
+                new = prompt_ids[known:]
+                turn = await asyncio.to_thread(self._renderer.turn, new, None if known else messages)
+                generation.turn = known + turn[0], known + turn[1]
+                generation.reread_from = generation.turn[0]
             self._scheduler.submit(generation)
             submitted = True
         finally:
             if not submitted:
                 self._pool.release(adapter_id)
+                self._give_back(reserved)
         return generation
+
+    def _ended(self, generation: Generation) -> None:
+        self._pool.release(generation.adapter_id)
+        self._give_back(generation.reserved)
+
+    def _give_back(self, reserved: int) -> None:
+        if self.beyond is not None:
+            self.beyond.give_back(reserved)
+
+    def _bounds(self, request: Request, prompt_tokens: int, known: int) -> tuple[Reading | None, int, int]:
+        """What the request goes on from (None where it needs no more than the window), the tokens that each choice may
+        have, and the bytes that are reserved for what leaves the window."""
+        reading, sampling = request.reading, request.sampling
+        wanted = reading is not None and reading.wanted
+        fits = prompt_tokens + (sampling.max_tokens or 1) <= self._context_tokens
+        if reading is not None and self.beyond is not None and (wanted or not fits):
+            try:
+                return reading, *self._far_bounds(self.beyond, reading, prompt_tokens, known, sampling)
+            except (PromptTooLongError, OverloadedError):
+                if wanted or prompt_tokens >= self._context_tokens:
+                    raise  # else its answer ends with the window, as it would without memory
+        return None, self._limit(prompt_tokens, sampling), 0
+
+    def _far_bounds(
+        self, beyond: Beyond, reading: Reading, prompt_tokens: int, known: int, sampling: Sampling
+    ) -> tuple[int, int]:
+        before = reading.before
+        local, read = (0, 0) if before is None else (before.local, before.local + before.remembered)
+        limit = beyond.limit(prompt_tokens - known, known, sampling.max_tokens)
+        return limit, beyond.reserve(prompt_tokens - read, local, limit, sampling.n)
 
     def _check(self, sampling: Sampling) -> None:
         if not 1 <= sampling.n <= self._config.max_batch:
@@ -170,8 +222,21 @@ class TransformersEngine:
         vocabulary = self._base.model.config.get_text_config().vocab_size
         if any(not 0 <= i < vocabulary for i in sampling.logit_bias):
             raise InvalidRequestError(f"logit_bias names a token that is not in 0..{vocabulary - 1}")
+        if sampling.max_tokens is not None and sampling.max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1")
 
-    def _prompt_ids(self, request: Request) -> tuple[int, ...]:
+    def _prompt_ids(self, request: Request) -> tuple[tuple[int, ...], int]:
+        """All tokens that the answer comes after, and how many of them the session knows."""
+        known = () if request.reading is None or request.reading.before is None else request.reading.before.ids
+        if not known:
+            return self._own_ids(request), 0
+        if request.messages is not None:
+            own = self._renderer.following_ids(request.messages, known[-1])
+        else:
+            own = self._renderer.more_ids(request.prompt) if isinstance(request.prompt, str) else self._own_ids(request)
+        return (*known, *own), len(known)
+
+    def _own_ids(self, request: Request) -> tuple[int, ...]:
         if request.messages is not None:
             return self._renderer.prompt_ids(request.messages)
         if isinstance(request.prompt, str):
@@ -189,8 +254,6 @@ class TransformersEngine:
                 f"the prompt has {prompt_tokens} tokens, and the context window of {self._context_tokens} must hold "
                 "the answer too: shorten the prompt"
             )
-        if sampling.max_tokens is not None and sampling.max_tokens < 1:
-            raise InvalidRequestError("max_tokens must be at least 1")
         return min(room, sampling.max_tokens or room)
 
     def _load(self, adapter: Adapter) -> None:

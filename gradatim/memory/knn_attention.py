@@ -19,26 +19,23 @@ width of a head, D of a state, V vocabulary.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import faiss
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gradatim.errors import ModelError
-from gradatim.memory.session import LayerRows, Rows, Session, rotated
+from gradatim.nn.nearest import TOP, check_rope, joint, memory_layers, recall, weighted
+from gradatim.nn.session import LayerRows, Rows, Session, rotated
 
 NAME = "gradatim_memory"  # under which transformers' models find ``_attention``
-WINDOW, CHUNK, TOP = 512, 128, 32
+WINDOW, CHUNK = 512, 128
 MEMORY_TOKENS = 16_384  # of one session; the oldest go
-_FIRST_LAYERS = 2  # see single tokens rather than meaning: left alone
 _GATED_LAYER = 0.6  # of the depth: 18 of 30
-_ROPE = ("default", "linear", "llama3")  # fixed frequencies, lengths kept
 
 Form = Literal["joint", "gated"]
 
@@ -58,9 +55,9 @@ class Heads:
         return any(t.requires_grad for t in (*self.bias.values(), *self.log_temperature.values()))
 
 
-def memory_layers(layers: int, form: Form) -> tuple[int, ...]:
+def layers_of(layers: int, form: Form) -> tuple[int, ...]:
     """Which layers get a memory by default, counted from 0."""
-    return tuple(range(_FIRST_LAYERS, layers)) if form == "joint" else (min(layers - 1, round(_GATED_LAYER * layers)),)
+    return memory_layers(layers) if form == "joint" else (min(layers - 1, round(_GATED_LAYER * layers)),)
 
 
 @dataclass(slots=True)
@@ -90,14 +87,17 @@ class KnnAttention:
     ) -> None:
         """``layers`` counts from 0; ``heads`` are as ``plain_heads`` makes them. ModelError where the model's attention
         is of another kind."""
-        _check(model)
+        if not getattr(model, "_supports_attention_backend", False):
+            kind = type(model).__name__
+            raise ModelError(f"kNN attention does not support {kind}: transformers cannot exchange its attention")
+        check_rope(model)
         if not 0 < chunk <= window:
             raise ValueError(f"a chunk of {chunk} tokens does not fit a window of {window}")
         self._model = _private_copy(model)
         self._base = self._model.base_model
         self._window, self._chunk, self._top, self._form = window, chunk, top, form
         self._memory_tokens = memory_tokens
-        self._layers = tuple(memory_layers(len(self._base.layers), form) if layers is None else layers)
+        self._layers = tuple(layers_of(len(self._base.layers), form) if layers is None else layers)
         self.heads = heads or self.plain_heads()
         self._turn: _Turn | None = None
         for layer in self._base.layers:
@@ -211,63 +211,22 @@ class KnnAttention:
             out: Tensor = sdpa_attention_forward(module, q, keys, values, turn.mask, scaling=scaling)[0]
             return out
         bias, temperature = self.heads.bias[layer], self.heads.log_temperature[layer].exp()
-        found, recalled = self._recall(rotated(q[0], *turn.far), rows)
+        memory = rows.memory_keys.all, rows.memory_values.all
+        found, recalled = recall(rotated(q[0], *turn.far), [memory], self._top)
         found = found * scaling * temperature[:, None, None]  # (H, n, K)
         if self._form == "gated":
             local = sdpa_attention_forward(module, q, keys, values, turn.mask, scaling=scaling)[0]
             gate = torch.sigmoid(bias)[:, None].to(q.dtype)  # (H, 1)
-            mixed: Tensor = gate * _weighted(found.softmax(-1), recalled)[None] + (1 - gate) * local
+            mixed: Tensor = gate * weighted(found.softmax(-1), recalled)[None] + (1 - gate) * local
             return mixed
-        return _joint(q[0], keys[0], values[0], turn.mask, scaling, found + bias[:, None, None], recalled)[None]
+        seen = None if turn.mask is None else turn.mask[0]
+        return joint(q[0], keys[0], values[0], seen, scaling, found + bias[:, None, None], recalled)[0][None]
 
     def _extended(self, rows: Rows, new: Tensor) -> Tensor:
         """All of the window (KH, m, E), the chunk's own included; of what was read before no gradient is kept."""
         before = rows.all if self.heads.trained and len(rows) else new[:, :0]
         rows.append(new.detach())
         return torch.cat([before, new], 1) if self.heads.trained else rows.all
-
-    def _recall(self, q: Tensor, rows: LayerRows) -> tuple[Tensor, Tensor]:
-        """Dot products (H, n, K) of q (H, n, E) with its best keys in memory, and their values (H, n, K, E)."""
-        keys, values = rows.memory_keys.all, rows.memory_values.all  # (KH, M, E)
-        heads, n, width = q.shape
-        grouped = q.reshape(len(keys), -1, width)  # (KH, G * n, E)
-        count = min(self._top, keys.shape[1])
-        best = torch.stack([_best(x, y, count) for x, y in zip(grouped, keys, strict=True)])  # (KH, G * n, K)
-        at = torch.arange(len(keys), device=q.device)[:, None, None]
-        scores = torch.einsum("hqe,hqke->hqk", grouped, keys[at, best])
-        return scores.reshape(heads, n, count), values[at, best].reshape(heads, n, count, width)
-
-
-def _best(queries: Tensor, keys: Tensor, count: int) -> Tensor:
-    """(q, K) which of keys (M, E) have the greatest dot products with queries (q, E)."""
-    with torch.no_grad():
-        if queries.device.type == "cpu" and queries.dtype == torch.float32:  # one pass, no matrix (q, M)
-            found = faiss.knn(
-                queries.contiguous().numpy(), keys.contiguous().numpy(), count, faiss.METRIC_INNER_PRODUCT
-            )
-            return torch.from_numpy(found[1])
-        return (queries @ keys.t()).topk(count, -1).indices
-
-
-def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """(n, H, E) of weights (H, n, K) and values (H, n, K, E)."""
-    return torch.einsum("hnk,hnke->nhe", weights.to(values.dtype), values)
-
-
-def _joint(
-    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float, found: Tensor, recalled: Tensor
-) -> Tensor:
-    """(n, H, E): one softmax over memory scores (H, n, K) and local ones. q (H, n, E), keys and values (KH, m, E)."""
-    heads, n, width = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    local = q.reshape(len(keys), -1, width).to(wide) @ keys.transpose(1, 2).to(wide) * scaling
-    local = local.reshape(heads, n, -1)  # (H, n, m)
-    seen = mask[0] if mask is not None else torch.ones_like(local[0], dtype=torch.bool).tril_(local.shape[-1] - n)
-    local = local.masked_fill(~seen, -math.inf)
-    weights = torch.cat([found.to(wide), local], -1).softmax(-1).to(values.dtype)
-    count = found.shape[-1]
-    near = (weights[..., count:].reshape(len(keys), -1, keys.shape[1]) @ values).reshape(heads, n, width)
-    return _weighted(weights[..., :count], recalled) + near.transpose(0, 1)
 
 
 def _causal(count: int, before: int, device: torch.device) -> Tensor | None:
@@ -294,17 +253,3 @@ def _private_copy(model: Any) -> Any:
     private = copy.deepcopy(model, memo=shared)
     private.set_attn_implementation(NAME)
     return private.eval()
-
-
-def _check(model: Any) -> None:
-    kind = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False):
-        raise ModelError(f"kNN attention does not support {kind}: transformers cannot exchange its attention")
-    rotary: Any = getattr(model.base_model, "rotary_emb", None)
-    if getattr(rotary, "rope_type", None) not in _ROPE:
-        raise ModelError(f"kNN attention does not support {kind}: its positions are not RoPE of fixed frequencies")
-    if getattr(model.config, "sliding_window", None) is not None:
-        raise ModelError(f"kNN attention does not support {kind}: it has a sliding window of its own")
-    width = model.base_model.layers[0].self_attn.head_dim
-    if 2 * len(rotary.inv_freq) != width:
-        raise ModelError(f"kNN attention does not support {kind}: only a part of each head is rotated")

@@ -16,16 +16,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gradatim.errors import ForeignMemoryError, StoreError
-from gradatim.memory.session import LayerRows, Rows, Session
 from gradatim.memory.token_file import replace
+from gradatim.nn.session import LayerRows, Rows, Session
 
 _PARTS = ("keys", "values", "memory_keys", "memory_values")
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError)
 
 
-def write_session(session: Session, path: Path, model_digest: str) -> None:
-    """``model_digest`` names the weights, adapter included, that read it. StoreError where the disk refuses; what was
-    there before is still there then, and after a crash."""
+def write_session(session: Session, path: Path, model_digest: str, about: Mapping[str, str] | None = None) -> None:
+    """``model_digest`` names the weights, adapter included, that read it; ``about`` is kept beside it for whoever looks
+    at the file. StoreError where the disk refuses; what was there before is still there then, and after a crash."""
     tensors = {
         f"{i}.{part}": getattr(layer, part).all.contiguous()
         for i, layer in enumerate(session.layers)
@@ -34,7 +34,10 @@ def write_session(session: Session, path: Path, model_digest: str) -> None:
     }
     if session.last is not None:
         tensors["last"] = session.last.contiguous()
-    header = {"model": model_digest, "at": json.dumps([len(session.layers), session.position, session.local])}
+    if session.ids:
+        tensors["ids"] = torch.tensor(session.ids, dtype=torch.int32)
+    at = json.dumps([len(session.layers), session.position, session.local])
+    header = {**(about or {}), "model": model_digest, "at": at}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace(path, save(tensors, header | {"sha256": _digest(tensors, header)}))
@@ -57,15 +60,9 @@ def read_session(path: Path, model_digest: str) -> Session:
         raise ForeignMemoryError(
             f"{path} was read by other weights: {header['model'][:12]}, but these are {model_digest[:12]}"
         )
-    layers = [LayerRows(*(_rows(tensors.get(f"{i}.{part}")) for part in _PARTS)) for i in range(count)]
-    return Session(layers, position, local, tensors.get("last"))
-
-
-def _rows(data: Tensor | None) -> Rows:
-    rows = Rows()
-    if data is not None:
-        rows.append(data)
-    return rows
+    layers = [LayerRows(*(Rows(tensors.get(f"{i}.{part}")) for part in _PARTS)) for i in range(count)]
+    ids = tensors["ids"].tolist() if "ids" in tensors else ()
+    return Session(layers, position, local, tensors.get("last"), tuple(ids))
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from gradatim.nn.base import Base
 from gradatim.types import Message
 
 _REPLACEMENT = "\ufffd"  # what an unfinished multi-byte character decodes to
+_ANSWER = "an answer"  # that stands for any
 _HINT = "\n\nHint: {}"
 _ROLES = {"developer": "system", "function": "tool"}  # newer or older names of roles that templates know
 
@@ -40,6 +41,20 @@ class Renderer:
         if not messages:
             raise InvalidRequestError("messages is empty: at least one message is needed")
         return self._encode(self._template([_plain(m, i) for i, m in enumerate(messages)], turn=True))
+
+    def following_ids(self, messages: Sequence[Message], last: int) -> tuple[int, ...]:
+        """The tokens of further messages behind an answer, of which token ``last`` is the last one; an answer that was
+        cut short is ended first. Errors as of ``prompt_ids``."""
+        earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+        text = self._template([*earlier, *(_plain(m, i) for i, m in enumerate(messages))], turn=True)
+        if not messages or _ANSWER not in text:
+            raise InvalidRequestError("these messages cannot follow an answer: the model's chat template drops it")
+        ids = self._encode(text[text.index(_ANSWER) + len(_ANSWER) :].lstrip())
+        return ids[1:] if ids and ids[0] == last else ids
+
+    def more_ids(self, text: str) -> tuple[int, ...]:
+        """The tokens of a plain text that goes on."""
+        return self._encode(text)
 
     def text_ids(self, text: str) -> tuple[int, ...]:
         """The tokens of a plain prompt (/v1/completions), with the special ones the model expects in front."""
@@ -120,11 +135,10 @@ class Renderer:
         """The token that the chat template puts behind an answer, where it is one that ends a generation."""
         fallback = self._tokenizer.eos_token_id
         if self._tokenizer.chat_template:
-            mark = "an answer"
             text = self._template(
-                [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}], turn=False
+                [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}], turn=False
             )
-            behind = self._encode(text[text.rindex(mark) + len(mark) :].lstrip()) if mark in text else ()
+            behind = self._encode(text[text.rindex(_ANSWER) + len(_ANSWER) :].lstrip()) if _ANSWER in text else ()
             if behind and behind[0] in self._eos_ids:
                 return behind[0]
         if fallback is None:

@@ -61,9 +61,13 @@ class Episodes:
         self._known: OrderedDict[str, EpisodeId | None] = OrderedDict()  # None: looked up, and not in the store
 
     async def find(self, call: Call, chain: Chain | None, session_id: str) -> EpisodeId:
-        """A named session is its own episode id; else what the messages continue; else a new one."""
+        """A named session is its own episode id; else one of the session of its user that it goes on from; else what
+        the messages continue; else a new one."""
         if session_id or call.session_id:
             return EpisodeId(session_id or call.session_id)
+        if call.reads_on:
+            whose = json.dumps([call.user, call.reads_on])
+            return EpisodeId(f"session-{hashlib.sha256(whose.encode()).hexdigest()[:32]}")
         found = await self._continued(chain.prefixes) if chain else None
         return found or EpisodeId(f"ep-{uuid.uuid4().hex}")
 

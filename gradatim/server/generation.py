@@ -16,15 +16,17 @@ from time import perf_counter, time
 from typing import Any
 
 from gradatim.errors import EngineError, OverloadedError, UnknownAdapterError
-from gradatim.protocols import Engine, Memory, Recollection, Router, Store
+from gradatim.protocols import Engine, Memory, OpenReading, Recollection, Router, Sessions, Store
 from gradatim.server.episodes import Chain, Episodes
 from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
+from gradatim.server.problems import ApiError
 from gradatim.server.wire import Call
 from gradatim.types import Delta, EpisodeId, Route, Started, Step, StepId
 
 log = logging.getLogger("gradatim.server")
 CAPTURE_BUDGET_S = 5.0
+_ATTENTION = "attention"  # what the record tells of a session, beside what other memories did
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Services:
     max_queue: int
     blind: bool = False  # whoever rates an answer cannot tell which adapter gave it
     memory: Memory | None = None
+    sessions: Sessions | None = None
     running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
 
 
@@ -82,6 +85,7 @@ class Generation:
         self._trainable = not side
         self._events: AsyncIterator[Started | Delta] | None = None
         self._recollection: Recollection | None = None
+        self._reading: OpenReading | None = None
         self._began_at = perf_counter()
         self._started = False
         self._finished = False
@@ -108,13 +112,38 @@ class Generation:
         self.route = await self._services.router.route(self.call.model, self.episode_id)
         self._recollection = self._recollect()
         request = self.call.request
-        if self._recollection is not None:
-            request = replace(request, recollection=self._recollection)
+        await self._read_on()
+        if self._recollection is not None or self._reading is not None:
+            request = replace(request, recollection=self._recollection, reading=self._reading)
         self._events = self._services.engine.generate(request, self.route.adapter_id)
         event = await anext(self._events, None)
         if not isinstance(event, Started):
             raise EngineError("the engine did not begin with its prompt")
         return event
+
+    async def _read_on(self) -> None:
+        """Open what the request goes on from. SessionError, or ApiError where there is no such thing here."""
+        self._stop_reading()
+        sessions, call = self._services.sessions, self.call
+        if sessions is not None:
+            digest, episode_id = self.route.adapter_sha256, self.episode_id
+            opening = asyncio.ensure_future(
+                asyncio.to_thread(
+                    sessions.open, call.user, call.reads_on, digest, episode_id=episode_id, must_exist=call.must_exist
+                )
+            )
+            try:
+                self._reading = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(_close_opened)  # the client left: nobody else would
+                raise
+        elif call.reads_on:
+            message = "gradatim.session is for servers with memory.attention, and this one has it off"
+            raise ApiError(400, message, param="gradatim.session", code="unsupported_parameter")
+
+    def _stop_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
 
     def _recollect(self) -> Recollection | None:
         """None where there is no memory, and for pinned weights: they answer by themselves."""
@@ -139,6 +168,10 @@ class Generation:
         except Exception:  # noqa: BLE001  as above
             self._without_memory()
             return {}
+
+    def _far(self) -> Mapping[str, Any]:
+        """What lay beyond the window."""
+        return {} if self._reading is None else self._reading.trace()
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The engine's deltas, kept as they pass. EngineError where it ends before every choice has."""
@@ -166,6 +199,7 @@ class Generation:
         """Record every choice, and wait until that is durable. ``captured`` says whether it is."""
         self._finished = True
         self._count("ok")
+        self._stop_reading()
         await self._record()
 
     async def close(self) -> None:
@@ -175,6 +209,7 @@ class Generation:
         events, self._events = self._events, None
         if events is not None and (aclose := getattr(events, "aclose", None)):
             await aclose()
+        self._stop_reading()
         if self._started and not self._finished:
             self._finished = True
             self._count("aborted")
@@ -194,7 +229,7 @@ class Generation:
         self.memory = steps[0].memory
         self.captured = await self._capture(steps)
         if self._recollection is not None and self._services.memory is not None:
-            steered = any(step.memory for step in steps)
+            steered = any(step.memory.keys() - {_ATTENTION} for step in steps)
             try:
                 self._services.memory.answered(self._recollection, [step.id for step in steps], steered=steered)
             except Exception:  # noqa: BLE001  as above
@@ -207,7 +242,7 @@ class Generation:
     def _step(self, index: int, choice: Choice) -> Step:
         text = choice.text
         tokens = [token for delta in choice.deltas for token in delta.tokens]
-        memory = self._trace(choice)
+        memory, far = self._trace(choice), self._far()
         drawn = tuple(t.logprob if t.drawn_logprob is None else t.drawn_logprob for t in tokens)
         complete = bool(choice.finish_reason)
         return Step(
@@ -227,12 +262,12 @@ class Generation:
             sampling=_plain_sampling(self.call),
             user=self.call.user,
             skill=self.call.skill,
-            trainable=self._trainable and complete,
+            trainable=self._trainable and complete and not (far.get("attended") or far.get("before")),
             chain_key=self._chain.key(text) if self._chain and complete else "",
             latency_s=perf_counter() - self._began_at,
             coin=self.route.coin,
             drawn_logprobs=drawn if memory else (),
-            memory=memory,
+            memory={**memory, _ATTENTION: far} if far else memory,
         )
 
     async def _capture(self, steps: list[Step]) -> bool:
@@ -252,6 +287,11 @@ class Generation:
             log.error("%d steps were not recorded: %s", len(steps), type(e).__name__)
             return False
         return True
+
+
+def _close_opened(opening: asyncio.Future[OpenReading]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _submitted(future: Future[int]) -> Future[int]:

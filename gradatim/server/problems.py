@@ -20,9 +20,11 @@ from gradatim.errors import (
     ModelError,
     OverloadedError,
     PromptTooLongError,
+    SessionError,
     StoreError,
     TransitionError,
     UnknownAdapterError,
+    UnknownSessionError,
 )
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 409: "conflict_error"}
@@ -72,8 +74,8 @@ def problem(exc: Exception) -> ApiError:
             return ApiError(404, str(exc) or "no such model", param="model", code="model_not_found")
         case OverloadedError():
             return ApiError(429, str(exc) or "too many requests, try again", code="overloaded", headers=_RETRY)
-        case ConflictError() | TransitionError():
-            return ApiError(409, str(exc), code="conflict")
+        case ConflictError() | TransitionError() | SessionError():
+            return _conflict(exc)
         case ModelError() | StoreError():
             return ApiError(503, str(exc), code="unavailable", headers=_RETRY)
         case EngineError():
@@ -81,6 +83,12 @@ def problem(exc: Exception) -> ApiError:
         case AdapterError() | GradatimError():
             return ApiError(500, str(exc), code="internal_error")
     return ApiError(500, f"internal error ({type(exc).__name__}); the server's log says where", code="internal_error")
+
+
+def _conflict(exc: Exception) -> ApiError:
+    if isinstance(exc, UnknownSessionError):
+        return ApiError(404, str(exc), param="gradatim.session", code="session_not_found")
+    return ApiError(409, str(exc), param="gradatim.session" if isinstance(exc, SessionError) else None, code="conflict")
 
 
 def dumps(value: Any) -> bytes:

@@ -28,7 +28,9 @@ def provenance(gen: Generation, *, final: bool) -> Json:
     if not final:
         return out
     if gen.memory:
-        out["memory"] = {name: gen.memory[name] for name in ("weight", "near", "tokens") if name in gen.memory}
+        out["memory"] = {
+            name: gen.memory[name] for name in ("weight", "near", "tokens", "attention") if name in gen.memory
+        }
     return out | {"captured": gen.captured}
 
 

@@ -54,6 +54,8 @@ class Call:
     user: str = ""
     skill: str = "default"
     session_id: str = ""
+    reads_on: str = ""  # the session that it goes on from
+    must_exist: bool = False  # that session
 
     @property
     def chat(self) -> bool:
@@ -63,6 +65,14 @@ class Call:
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
     include_usage: bool | None = None
+
+
+class _Extension(BaseModel):
+    """What no other server knows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    session: str | None = None
+    resume: bool = False
 
 
 class _Body(BaseModel):
@@ -82,6 +92,7 @@ class _Body(BaseModel):
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     return_token_ids: bool | None = None
+    gradatim: _Extension | None = None
 
 
 class _ChatBody(_Body):
@@ -235,6 +246,9 @@ def _call(b: _Body, request: Request, logprobs: int | None, messages: tuple[Mess
     if not isinstance(skill, str) or not 0 < len(skill) <= 100 or not skill.isprintable():
         raise ApiError(400, "metadata.skill must be 1 to 100 printable characters", param="metadata.skill")
     session_id = metadata.get("session_id")
+    extension = b.gradatim or _Extension()
+    if extension.resume and extension.session is None:
+        raise ApiError(400, "gradatim.resume needs gradatim.session", param="gradatim.resume")
     return Call(
         request=request,
         model=b.model,
@@ -246,4 +260,6 @@ def _call(b: _Body, request: Request, logprobs: int | None, messages: tuple[Mess
         user=b.user or "",
         skill=skill,
         session_id="" if session_id is None else session(session_id, "metadata.session_id"),
+        reads_on="" if extension.session is None else session(extension.session, "gradatim.session"),
+        must_exist=extension.resume,
     )

@@ -13,16 +13,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+_GROWTH = 2048  # rows: more is never allocated ahead
+
 
 class Rows:
     """A tensor (H, n, E) that grows at its end and shrinks at its front, without a copy each time."""
 
-    def __init__(self) -> None:
-        self._data: Tensor | None = None  # (H, capacity, E)
-        self._start = self._end = 0
+    def __init__(self, data: Tensor | None = None) -> None:
+        self._data = data  # (H, capacity, E)
+        self._start, self._end = 0, 0 if data is None else data.shape[1]
 
     def __len__(self) -> int:
         return self._end - self._start
+
+    def fork(self) -> Rows:
+        """The same rows, without a copy. Of all that share some, one alone may be appended to; what the others hold
+        stays as it is."""
+        other = Rows(self._data)
+        other._start, other._end = self._start, self._end
+        return other
+
+    @property
+    def bytes_held(self) -> int:
+        """With the room that was allocated ahead."""
+        return 0 if self._data is None else self._data.numel() * self._data.element_size()
 
     @property
     def all(self) -> Tensor:
@@ -35,7 +49,8 @@ class Rows:
         n = rows.shape[1]
         if self._data is None or self._end + n > self._data.shape[1]:
             kept = len(self)
-            grown = rows.new_empty(rows.shape[0], max(256, 2 * (kept + n)), rows.shape[2])
+            room = max(256, kept + n + min(kept + n, _GROWTH))
+            grown = rows.new_empty(rows.shape[0], room, rows.shape[2])
             if self._data is not None:
                 grown[:, :kept] = self.all
             self._data, self._start, self._end = grown, 0, kept
@@ -62,12 +77,13 @@ class LayerRows:
 
 @dataclass(slots=True)
 class Session:
-    """Made by ``KnnAttention.session``; belongs to one conversation of one tenant."""
+    """Belongs to one conversation of one tenant, and to the weights that read it."""
 
     layers: Sequence[LayerRows]
     position: int = 0  # tokens read so far
     local: int = 0  # of which are in the window
-    last: Tensor | None = None  # (D,) the state that predicts the next token
+    last: Tensor | None = None  # (D,) the state that predicts the next token, where its owner needs it
+    ids: Sequence[int] = ()  # where its owner needs them: the tokens in memory and window, then what is yet to be read
 
     @property
     def remembered(self) -> int:
@@ -76,8 +92,7 @@ class Session:
 
     @property
     def bytes_held(self) -> int:
-        rows = (r for x in self.layers for r in (x.keys, x.values, x.memory_keys, x.memory_values))
-        return sum(r.all.numel() * r.all.element_size() for r in rows if len(r))
+        return sum(r.bytes_held for x in self.layers for r in (x.keys, x.values, x.memory_keys, x.memory_values))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
