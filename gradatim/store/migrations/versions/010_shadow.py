@@ -3,8 +3,8 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "012_shadow"
-down_revision = "008_reward"
+revision = "010_shadow"
+down_revision = "009_reasons"
 branch_labels = None
 depends_on = None
 

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-revision = "011_reasons"
+revision = "009_reasons"
 down_revision = "008_reward"
 branch_labels = None
 depends_on = None
