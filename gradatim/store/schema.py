@@ -193,8 +193,8 @@ credits = _log(
     _coded("step_ids", JSON_TUPLE),  # (S,)
     _coded("advantages", FLOATS),  # (S,)
     _coded("methods", JSON_TUPLE),  # (S,)
-    _coded("reasons", JSON_TUPLE, null=True),  # (S,)
     _int("position"),
+    _coded("reasons", JSON_TUPLE, null=True),  # (S,)
     by=("episode_id",),
 )
 
