@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradatim.app.answering import Replays
-from gradatim.app.compose import check_critics
-from gradatim.config import Config, CriticConfig, CriticsConfig, EngineConfig, ShadowConfig
+from gradatim.app.compose import build_loop, check_critics
+from gradatim.config import Config, CriticConfig, CriticsConfig, EngineConfig, ReleaseConfig, ShadowConfig
 from gradatim.errors import AdapterError, ConfigError
 from gradatim.feedback.critics import opinion
 from gradatim.nn.base import Base
@@ -398,3 +398,19 @@ def test_a_critic_that_teaches_may_not_judge_the_shadow() -> None:
     critic = CriticConfig(use="tests.critics:says_good")
     with pytest.raises(ConfigError, match="gives feedback to learn from"):
         check_critics(Config(critics=CriticsConfig(run=(critic,)), shadow=ShadowConfig(critic=critic)))
+
+
+@pytest.mark.parametrize(
+    ("given", "way"),
+    [
+        ({}, "candidate live"),
+        ({"mode": "propose"}, "candidate shadow live"),
+        ({"shadow": ShadowConfig(prompts=9)}, "candidate shadow live"),
+        ({"release": ReleaseConfig(canary=True), "shadow": ShadowConfig(prompts=9)}, "candidate shadow canary live"),
+    ],
+)
+def test_the_way_up_is_what_is_configured(store: SqlStore, tiny_base: Base, given: dict[str, Any], way: str) -> None:
+    with open_store(store.engines.where) as own:
+        loop = build_loop(Config(data_dir=Path(store.engines.where).parent, **given), own, tiny_base)
+    assert [*map(str, loop.path), str(list(loop.path.values())[-1])] == way.split()
+    assert set(loop.path) <= set(loop.gates)
