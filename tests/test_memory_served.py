@@ -82,6 +82,7 @@ async def product(base: Base, config: Config) -> AsyncIterator[Product]:
                 metrics=metrics,
                 memory=kept.on,
                 memory_admin=kept.kept,
+                prompter=kept.prompter,
             )
             follow = asyncio.create_task(kept.follower.watch()) if kept.follower else None
             transport = httpx.ASGITransport(app)

@@ -80,7 +80,7 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
     """The layer whose input is the key: the middle one. None where memory is off: the engine does not look."""
-    on = config.memory.decisions or config.memory.tokens
+    on = config.memory.decisions or config.memory.tokens or config.memory.retrieval
     return (base.model.config.get_text_config().num_hidden_layers // 2,) if on else ()
 
 

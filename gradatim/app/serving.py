@@ -147,6 +147,7 @@ async def _answer(
         metrics=metrics,
         memory=remembering.on,
         memory_admin=remembering.kept,
+        prompter=remembering.prompter,
     )
     server = _Uvicorn(
         uvicorn.Config(

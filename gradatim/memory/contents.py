@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from gradatim.errors import MemoryKeyError
 from gradatim.memory.index import FlatIndex
 from gradatim.memory.spaces import from_bytes
-from gradatim.types import EpisodeId, MemoryEntry, MemoryEpoch, MemoryKey, MemoryUse, StepId, Tombstone
+from gradatim.types import (
+    EpisodeId,
+    MemoryEntry,
+    MemoryEpoch,
+    MemoryKey,
+    MemoryRetirement,
+    MemoryUse,
+    StepId,
+    Tombstone,
+)
 
 Floats = NDArray[np.float32]
 NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
@@ -43,6 +52,7 @@ class Contents:
         self.tokens: Drops | None = None
         self.revision = 0  # rises with every change of what counts
         self.damaged = 0  # keys that could not be read
+        self.retired: dict[str, dict[str, int]] = {}  # digest of an adapter -> entry -> its position when it retired
         self._uses: dict[str, dict[StepId, float]] = defaultdict(dict)  # entry -> answers
         self._used_by: dict[StepId, set[str]] = defaultdict(set)  # answer -> entries
 
@@ -99,6 +109,19 @@ class Contents:
         values = self._uses.get(entry_id, {}).values()
         return sum(v > 0.0 for v in values), sum(v < 0.0 for v in values)
 
+    def retire(self, adapter_sha256: str, ledger: Iterable[MemoryRetirement]) -> None:
+        """What these weights know by themselves is replaced by what the ledger says; undone rows say nothing."""
+        now = {row.entry_id: row.position for row in ledger if row.undone_at is None}
+        if now != self.retired.get(adapter_sha256, {}):
+            self.retired[adapter_sha256] = now
+            for tenant in self.sizes:
+                self.versions[tenant] += 1
+
+    def counts(self, entry: MemoryEntry, adapter_sha256: str) -> bool:
+        """Whether it has a say in answers of these weights."""
+        retired = self.retired.get(adapter_sha256, {}).get(entry.id) == entry.position
+        return not retired and entry.epoch >= self.since(entry.tenant)
+
     def _drop_tokens(self, entry_id: str, but: MemoryEntry | None = None) -> None:
         """Out of the token memory, unless ``but`` says the same there."""
         entry = self.entries.get(entry_id)
@@ -151,10 +174,9 @@ class Contents:
         return self.entries[self.by_step[step_id][0]].tenant
 
     def near(
-        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float
+        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float, adapter_sha256: str = ""
     ) -> Iterator[tuple[MemoryEntry, float]]:
         """Entries that count and their cosines, of the keys in a space, and of those that only ``stand_in`` has."""
-        since = self.since(tenant)
         own = self.indexes.get((tenant, space))
         other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
         found = list(own.search(key, floor, NEIGHBOURS)) if own is not None else []
@@ -163,7 +185,7 @@ class Contents:
             found += [(step, near) for step, near in elsewhere if own is None or step not in own]
         for step_id, cosine in sorted(found, key=lambda pair: -pair[1])[:NEIGHBOURS]:
             for entry_id in self.by_step.get(StepId(step_id), ()):
-                if self.entries[entry_id].epoch >= since:
+                if self.counts(self.entries[entry_id], adapter_sha256):
                     yield self.entries[entry_id], cosine
 
     # -------------------------------------------------------------------------------------------- epochs
@@ -211,6 +233,9 @@ class Contents:
             "sources": list(entry.sources),
             "epoch": entry.epoch,
             "active": entry.epoch >= self.since(entry.tenant),
+            "retired_under": sorted(
+                sha[:16] for sha, rows in self.retired.items() if rows.get(entry.id) == entry.position
+            ),
             "helped": helped,
             "harmed": harmed,
             "spaces": sorted(s for (t, s), i in self.indexes.items() if t == entry.tenant and entry.step_id in i),
@@ -222,6 +247,7 @@ class Contents:
         return {
             "entries": len(self.entries),
             "active": sum(e.epoch >= self.since(e.tenant) for e in self.entries.values()),
+            "retired": len({i for rows in self.retired.values() for i in rows if i in self.entries}),
             "tenants": sum(n > 0 for n in self.sizes.values()),
             "keys": sum(map(len, self.indexes.values())),
             "helped": sum(helped for helped, _ in told),

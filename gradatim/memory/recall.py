@@ -90,9 +90,14 @@ class Recall:
         self._steering = Steering((), odds=config.odds)
         self._leant = False
 
-    def situate(self, key: Floats) -> None:
+    def place(self, key: Floats) -> None:
+        """Where its prompt lies as it was asked; what stands in it besides, when it is read, is not to move it."""
         self.key = key_of(key)
         self._look()
+
+    def situate(self, key: Floats) -> None:
+        if self.key is None:
+            self.place(key)
 
     def lean(
         self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]

@@ -13,6 +13,7 @@ from gradatim.server.generation import Generation
 from gradatim.types import Delta, Token
 
 _FLOOR = -9999.0  # JSON has no -inf; OpenAI sends this instead
+_SHOWN = ("entry", "cosine", "age_s")  # of what was retrieved; explain tells its text
 Json = dict[str, Any]
 
 
@@ -29,6 +30,8 @@ def provenance(gen: Generation, *, final: bool) -> Json:
         return out
     if gen.memory:
         out["memory"] = {name: gen.memory[name] for name in ("weight", "near", "tokens") if name in gen.memory}
+        if "retrieved" in gen.memory:
+            out["memory"]["retrieved"] = [{k: one[k] for k in _SHOWN} for one in gen.memory["retrieved"]]
     return out | {"captured": gen.captured}
 
 

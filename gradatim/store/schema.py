@@ -32,6 +32,8 @@ from gradatim.types import (
     MemoryEntry,
     MemoryEpoch,
     MemoryKey,
+    MemoryNote,
+    MemoryRetirement,
     MemorySpace,
     MemoryUse,
     Move,
@@ -363,6 +365,29 @@ reward_sketches = _shelf(
     by=("episode_id",),
 )
 
+memory_notes = _shelf(
+    "memory_notes",
+    _id("id"),
+    _key("tenant"),
+    _free_text("text"),
+    _float("created_at"),
+    _key("actor"),
+    by=("tenant",),
+)
+
+memory_retirements = _shelf(
+    "memory_retirements",
+    _id("id"),
+    _key("entry_id"),
+    _int("position"),
+    _key("adapter_sha256"),
+    _key("adapter_id"),
+    _float("chance"),
+    _float("created_at"),
+    _float("undone_at", null=True),
+    by=("entry_id", "adapter_sha256"),
+)
+
 SHELF: Mapping[type[Any], Table] = {
     MemoryEntry: memory_entries,
     MemoryKey: memory_keys,
@@ -371,6 +396,8 @@ SHELF: Mapping[type[Any], Table] = {
     MemoryEpoch: memory_epochs,
     Tombstone: memory_tombstones,
     Sketch: reward_sketches,
+    MemoryNote: memory_notes,
+    MemoryRetirement: memory_retirements,
 }
 
 # ------------------------------------------------------------------------------ the facts that may change
