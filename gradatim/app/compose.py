@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,13 @@ from gradatim.app.home import Home
 from gradatim.config import Config
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
-from gradatim.types import Adapter, AdapterId, Stage
+from gradatim.types import Adapter, AdapterId, Stage, StepId
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
+    from gradatim.memory.consolidate import Consolidation
     from gradatim.nn.base import Base
     from gradatim.protocols import CreditAssigner, Gate
     from gradatim.release.drift import Drift
@@ -215,7 +216,7 @@ def build_loop(
             hint_corrections=config.learner.losses.correction == "self_distillation",
             skills=skills,
         ),
-        replay=StoreReplay(store, config.name, config.learner.seed),
+        replay=StoreReplay(store, config.name, config.learner.seed, first=_supplied(config, store)),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name),
         gates=gates,
         path=path,
@@ -223,6 +224,31 @@ def build_loop(
         config=config.loop,
         learning=config.learner,
     )
+
+
+def _supplied(config: Config, store: SqlStore) -> Callable[[], Sequence[StepId]] | None:
+    """What memory keeps having to supply. None where nothing is consolidated."""
+    from gradatim.memory.consolidate import supplied
+    from gradatim.store import SqlShelf
+
+    if not config.memory.consolidate:
+        return None
+
+    def first() -> Sequence[StepId]:
+        live = [a for i in store.stages(config.name, Stage.LIVE) for _, a in store.newest(Adapter, id=i)]
+        return supplied(SqlShelf(store.engines), live[0].sha256 if live else "")
+
+    return first
+
+
+def build_consolidation(config: Config, store: SqlStore, base: Base) -> Consolidation:
+    """From memory to weights, by a scorer of its own on the learner's model."""
+    from gradatim.learner.scorer import TorchScorer
+    from gradatim.memory.consolidate import Consolidation
+    from gradatim.store import SqlShelf
+
+    scorer = TorchScorer(base, config.learner, config.data_dir)
+    return Consolidation(store, SqlShelf(store.engines), scorer, config.memory, config.name)
 
 
 def _suite_gate(config: Config, base: Base) -> tuple[Gate, ...]:

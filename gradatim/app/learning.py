@@ -63,7 +63,10 @@ def follow(config: Config) -> None:
             say_figures = Sayer(store, home, judges[0])
             say_figures()
             loop = compose.build_loop(config, store, base, judges)
-            turn = tidily(loop.turn, OptimiserStates(store, config), say_figures)
+            tidy: list[Callable[[], object]] = [OptimiserStates(store, config), say_figures]
+            if config.memory.consolidate:
+                tidy.append(compose.build_consolidation(config, store, base).turn)
+            turn = tidily(loop.turn, *tidy)
             critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
             if drift is not None:
                 turn = together(turn, drift.turn)
@@ -162,4 +165,6 @@ def once(config: Config) -> dict[str, Any]:
                 while drift.turn():
                     pass
             Sayer(store, home, judges[0])()
+            if config.memory.consolidate:
+                compose.build_consolidation(config, store, base).turn()
             return report.decision(store, config.name, before)

@@ -1,4 +1,4 @@
-"""Commands about what is remembered: stats, show, check, compact, epoch, undo-epoch, forget, pin, unpin, pins.
+"""Commands about what is remembered: looking, epochs, forgetting, consolidating, pinned notes.
 
 With a server they act on the next token; without one on the store, for the next start.
 """
@@ -28,6 +28,7 @@ def register(app: typer.Typer) -> None:
     group.command("undo-epoch", epilog="Example: gradatim memory undo-epoch")(undo_epoch)
     group.command(epilog="Example: gradatim memory forget user alice")(forget)
     group.command(epilog="Example: gradatim memory compact")(compact)
+    group.command(epilog="Example: gradatim memory consolidate")(consolidate)
     group.command(epilog="Example: gradatim memory pin --tenant alice 'Alice works in the Berlin office.'")(pin)
     group.command(epilog="Example: gradatim memory unpin n-0123456789ab")(unpin)
     group.command(epilog="Example: gradatim memory pins --tenant alice")(pins)
@@ -117,6 +118,28 @@ def compact(file: ConfigFile = None, data_dir: DataDir = None, name: Name = None
     """Delete keys of weights that no longer answer, and what is left of entries that are gone."""
     said = "{spaces} key spaces, {keys} stray keys and what was left of {orphans} entries are deleted"
     _change("compact", {}, said, file, data_dir, name, as_json)
+
+
+def consolidate(
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Let all count again that the live adapter made needless.")
+    ] = False,
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Retire what the live adapter knows without memory. A server that runs follows within seconds."""
+    from gradatim.app.offline import consolidation
+
+    told = consolidation(recorded(file, data_dir, name), undo=undo)
+    if undo:
+        output.show(told, as_json, lambda console: console.print(f"{told['undone']} entries count again"))
+        return
+    columns = ("entry", "tenant", "helped", "harmed", "chance without memory", "paraphrases", "retired")
+    keys = ("id", "tenant", "helped", "harmed", "chance", "paraphrases", "retired")
+    cells = [tuple(f"{row[k]:.3f}" if k == "chance" else row[k] for k in keys) for row in told["entries"]]
+    output.show(told, as_json, lambda console: console.print(output.table(columns, cells)))
 
 
 def pin(

@@ -111,16 +111,16 @@ class Contents:
 
     def retire(self, adapter_sha256: str, ledger: Iterable[MemoryRetirement]) -> None:
         """What these weights know by themselves is replaced by what the ledger says; undone rows say nothing."""
-        now = {row.entry_id: row.position for row in ledger if row.undone_at is None}
+        rows = sorted(ledger, key=lambda row: row.position)  # the newest revision of an entry last
+        now = {row.entry_id: row.position for row in rows if row.undone_at is None}
         if now != self.retired.get(adapter_sha256, {}):
             self.retired[adapter_sha256] = now
             for tenant in self.sizes:
                 self.versions[tenant] += 1
 
-    def counts(self, entry: MemoryEntry, adapter_sha256: str) -> bool:
-        """Whether it has a say in answers of these weights."""
-        retired = self.retired.get(adapter_sha256, {}).get(entry.id) == entry.position
-        return not retired and entry.epoch >= self.since(entry.tenant)
+    def is_known(self, entry: MemoryEntry, adapter_sha256: str) -> bool:
+        """Whether these weights were found to know it by themselves."""
+        return self.retired.get(adapter_sha256, {}).get(entry.id) == entry.position
 
     def _drop_tokens(self, entry_id: str, but: MemoryEntry | None = None) -> None:
         """Out of the token memory, unless ``but`` says the same there."""
@@ -174,9 +174,10 @@ class Contents:
         return self.entries[self.by_step[step_id][0]].tenant
 
     def near(
-        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float, adapter_sha256: str = ""
+        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float
     ) -> Iterator[tuple[MemoryEntry, float]]:
         """Entries that count and their cosines, of the keys in a space, and of those that only ``stand_in`` has."""
+        since = self.since(tenant)
         own = self.indexes.get((tenant, space))
         other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
         found = list(own.search(key, floor, NEIGHBOURS)) if own is not None else []
@@ -185,7 +186,7 @@ class Contents:
             found += [(step, near) for step, near in elsewhere if own is None or step not in own]
         for step_id, cosine in sorted(found, key=lambda pair: -pair[1])[:NEIGHBOURS]:
             for entry_id in self.by_step.get(StepId(step_id), ()):
-                if self.counts(self.entries[entry_id], adapter_sha256):
+                if self.entries[entry_id].epoch >= since:
                     yield self.entries[entry_id], cosine
 
     # -------------------------------------------------------------------------------------------- epochs

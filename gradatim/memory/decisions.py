@@ -118,10 +118,12 @@ class DecisionMemory:
         """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
         with self._lock:
             found = sorted(
-                self._all.near(tenant, space, self._bridges.get(space), key, floor, self._spaces[space].adapter_sha256),
-                key=lambda pair: pair[0].id,
+                self._all.near(tenant, space, self._bridges.get(space), key, floor), key=lambda pair: pair[0].id
             )
-            return Neighbourhood(found, self._all.versions[tenant], self._all.since(tenant))
+            digest = self._spaces[space].adapter_sha256 if space in self._spaces else ""
+            known = [pair for pair in found if self._all.is_known(pair[0], digest)]
+            left = [pair for pair in found if not self._all.is_known(pair[0], digest)] if known else found
+            return Neighbourhood(left, self._all.versions[tenant], self._all.since(tenant), known)
 
     def version(self, tenant: str) -> int:
         return self._all.versions[tenant]
