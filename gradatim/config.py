@@ -274,6 +274,8 @@ class MemoryConfig:
     __pydantic_config__ = _STRICT
     decisions: bool = False  # answers that were judged change the next ones in the same situation
     tokens: bool = False  # tokens of answers that were judged good become likelier where the text stands alike
+    retrieval: bool = False  # answers that were judged good are shown in the prompt where a request is much alike
+    consolidate: bool = False  # after a promotion, what the weights know by themselves is retired
     attention: bool = False  # prompts and sessions may be longer than the window: attention to the nearest keys beyond
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
@@ -284,6 +286,10 @@ class MemoryConfig:
     max_tokens: Annotated[int, Field(ge=1)] = 100_000  # of each tenant; the oldest answers go first
     neighbours: Annotated[int, Field(ge=1, le=1024)] = 32  # remembered tokens that have a say in the next one
     temperature: Annotated[float, Field(gt=0.0)] = 0.095  # of their squared distances, which are 0 to 4
+    retrieved: Annotated[int, Field(ge=1, le=32)] = 4  # answers that are shown at most,
+    retrieval_tokens: Annotated[int, Field(ge=1)] = 512  # in so many tokens,
+    retrieval_cosine: Annotated[float, Field(gt=-1.0, le=1.0)] = 0.4  # of requests that are at least so near
+    half_life_s: Annotated[float, Field(gt=0.0)] = 30 * 86_400.0  # age at which an answer has half the claim to it
     sure: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9  # tokens are not looked up where the model gives one this
     attention_tokens: Annotated[int, Field(ge=1)] = 16_384  # of a session, beyond the window; the oldest go first
     attention_sessions: Annotated[int, Field(ge=1)] = 16  # of each tenant; the least recently used go first

@@ -28,6 +28,7 @@ from gradatim.types import (
     Request,
     Reward,
     Route,
+    Shown,
     Stage,
     Started,
     Step,
@@ -146,6 +147,19 @@ class Memory(Protocol):
 
     def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
         """The request was answered and recorded as these steps; it may be judged from now on."""
+
+
+class Prompter(Protocol):
+    """What a memory puts into the prompt of a request. Whatever it raises costs the request nothing but that."""
+
+    def noted(self, messages: Sequence[Message], user: str) -> Sequence[Message]:
+        """The messages with what is pinned for this user; the same ones where nothing is."""
+
+    async def show(
+        self, messages: Sequence[Message], recollection: Recollection, adapter_id: AdapterId
+    ) -> Shown | None:
+        """Earlier answers, where there are any to be shown; ``recollection`` is the request's own. It may take as
+        long as reading the prompt."""
 
 
 class Store(Protocol):

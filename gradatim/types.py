@@ -106,8 +106,8 @@ class Step:
     adapter_sha256: str
     stage: str
     propensity: float = 1.0
-    messages: tuple[Message, ...] = ()  # as received; empty for /v1/completions
-    prompt_ids: tuple[int, ...]  # (P,)
+    messages: tuple[Message, ...] = ()  # as received, and pinned notes; empty for /v1/completions
+    prompt_ids: tuple[int, ...]  # (P,) of these messages, without what memory retrieved: that stands in ``memory``
     completion_ids: tuple[int, ...]  # (T,) including the end-of-turn token where one was drawn
     logprobs: tuple[float, ...]  # (T,) under the adapter that sampled them
     text: str
@@ -468,7 +468,44 @@ class ShadowPair:
     live_reward: float | None = None
 
 
-Kept = MemoryEntry | MemoryKey | MemorySpace | MemoryUse | MemoryEpoch | Tombstone | Sketch | ShadowPair
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNote:
+    """What an operator has every request of a tenant told, until it is unpinned."""
+
+    id: str
+    tenant: str
+    text: str
+    created_at: float
+    actor: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRetirement:
+    """These weights know this answer by themselves: under them, the entry counts no more. Other weights have rows of
+    their own, so that an entry is back with the next adapter or a rollback until it was looked at under that one."""
+
+    id: str
+    entry_id: str
+    position: int  # of the entry: a revised one has to be looked at again
+    adapter_sha256: str
+    adapter_id: AdapterId
+    chance: float  # of the whole answer on its own prompt, without memory
+    created_at: float
+    undone_at: float | None = None
+
+
+Kept = (
+    MemoryEntry
+    | MemoryKey
+    | MemorySpace
+    | MemoryUse
+    | MemoryEpoch
+    | Tombstone
+    | Sketch
+    | ShadowPair
+    | MemoryNote
+    | MemoryRetirement
+)
 KEPT: Sequence[type[Kept]] = (
     MemoryEntry,
     MemoryKey,
@@ -478,4 +515,16 @@ KEPT: Sequence[type[Kept]] = (
     Tombstone,
     Sketch,
     ShadowPair,
+    MemoryNote,
+    MemoryRetirement,
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a memory put into the prompt of one request."""
+
+    messages: tuple[Message, ...]  # with it
+    prompt_ids: tuple[int, ...]  # (P,) without it
+    entries: tuple[MemoryEntry, ...]
+    told: tuple[Mapping[str, Any], ...]  # of each entry, for the record

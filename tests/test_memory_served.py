@@ -83,6 +83,7 @@ async def product(base: Base, config: Config) -> AsyncIterator[Product]:
                 memory=kept.on,
                 memory_admin=kept.admin,
                 sessions=kept.sessions,
+                prompter=kept.prompter,
             )
             follow = asyncio.create_task(kept.follower.watch()) if kept.follower else None
             transport = httpx.ASGITransport(app)

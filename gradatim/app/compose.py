@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -21,12 +21,13 @@ from gradatim.app.home import Home
 from gradatim.config import Config, MemoryConfig
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
-from gradatim.types import ON_THE_WAY, Adapter, AdapterId, Episode, Stage, Step
+from gradatim.types import ON_THE_WAY, Adapter, AdapterId, Episode, Stage, Step, StepId
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.feedback.critique import Critique
     from gradatim.loop import Loop
+    from gradatim.memory.consolidate import Consolidation
     from gradatim.nn.base import Base
     from gradatim.protocols import CreditAssigner, Gate, LogRatios
     from gradatim.release.drift import Drift
@@ -90,7 +91,7 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
     """The layer whose input is the key of a situation: the middle one. None where no memory that is on asks where a
     request stands: the engine does not look, and reads nothing again for it."""
-    on = config.memory.decisions
+    on = config.memory.decisions or config.memory.retrieval
     return (base.model.config.get_text_config().num_hidden_layers // 2,) if on else ()
 
 
@@ -281,7 +282,7 @@ def build_loop(
             hint_corrections=config.learner.losses.correction == "self_distillation",
             skills=skills,
         ),
-        replay=StoreReplay(store, config.name, config.learner.seed),
+        replay=StoreReplay(store, config.name, config.learner.seed, first=_supplied(config, store)),
         learner=LoraLearner(base, config.learner, config.data_dir, config.name, Pace(store, config.drift)),
         gates=gates,
         path=dict(pairwise(way)),
@@ -290,6 +291,31 @@ def build_loop(
         learning=config.learner,
         rewards=config.reward,
     )
+
+
+def _supplied(config: Config, store: SqlStore) -> Callable[[], Sequence[StepId]] | None:
+    """What memory keeps having to supply. None where nothing is consolidated."""
+    from gradatim.memory.consolidate import supplied
+    from gradatim.store import SqlShelf
+
+    if not config.memory.consolidate:
+        return None
+
+    def first() -> Sequence[StepId]:
+        live = [a for i in store.stages(config.name, Stage.LIVE) for _, a in store.newest(Adapter, id=i)]
+        return supplied(SqlShelf(store.engines), live[0].sha256 if live else "")
+
+    return first
+
+
+def build_consolidation(config: Config, store: SqlStore, base: Base) -> Consolidation:
+    """From memory to weights, by a scorer of its own on the learner's model."""
+    from gradatim.learner.scorer import TorchScorer
+    from gradatim.memory.consolidate import Consolidation
+    from gradatim.store import SqlShelf
+
+    scorer = TorchScorer(base, config.learner, config.data_dir)
+    return Consolidation(store, SqlShelf(store.engines), scorer, config.memory, config.name)
 
 
 def _suite_gate(config: Config, base: Base) -> tuple[Gate, ...]:

@@ -64,7 +64,10 @@ def follow(config: Config) -> None:
             say_figures = Sayer(store, home, judges[0])
             say_figures()
             loop = compose.build_loop(config, store, base, judges)
-            turn = tidily(loop.turn, OptimiserStates(store, config), say_figures)
+            tidy: list[Callable[[], object]] = [OptimiserStates(store, config), say_figures]
+            if config.memory.consolidate:
+                tidy.append(compose.build_consolidation(config, store, base).turn)
+            turn = tidily(loop.turn, *tidy)
             critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
             proxy = compose.build_proxy(config, store)
             for watch in (drift, proxy):
@@ -168,4 +171,6 @@ def once(config: Config) -> dict[str, Any]:
                 while watch is not None and watch.turn():
                     pass
             Sayer(store, home, judges[0])()
+            if config.memory.consolidate:
+                compose.build_consolidation(config, store, base).turn()
             return report.decision(store, config.name, before)

@@ -7,7 +7,7 @@ on. A memory that was made with another model is refused, loudly, and serving go
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,17 +19,20 @@ from gradatim.app.remembered import Remembered
 from gradatim.config import Config
 from gradatim.errors import ConfigError, ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.notes import noted
 from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.token_folders import TokenFolders
 from gradatim.store import SqlShelf, SqlStore
-from gradatim.types import Adapter, Stage
+from gradatim.types import Adapter, AdapterId, Message, Shown, Stage
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
     from gradatim.memory.follow import Follower
+    from gradatim.memory.retrieval import Retrieval
     from gradatim.memory.sessions import SessionStore
     from gradatim.memory.tokens import TokenMemory
     from gradatim.nn.base import Base
+    from gradatim.protocols import Recollection
 
 log = logging.getLogger(__name__)
 _SHOWN = {
@@ -38,6 +41,9 @@ _SHOWN = {
     "gradatim_memory_bytes": "of keys and entries, in the server process",
     "gradatim_memory_recalls": "requests that looked into the memory",
     "gradatim_memory_steered": "answers that it had a part in",
+    "gradatim_memory_shown": "requests that earlier answers were shown in the prompt of",
+    "gradatim_memory_notes": "pinned notes",
+    "gradatim_memory_retired": "entries that some weights know by themselves",
     "gradatim_memory_helped": "good answers that an entry was for",
     "gradatim_memory_harmed": "bad answers that an entry was for",
     "gradatim_memory_written": "entries written or changed since the start",
@@ -56,6 +62,23 @@ _SHOWN = {
 }
 
 
+class MemoryPrompter:
+    """Implements ``protocols.Prompter``: notes of ``kept``, and what ``retrieval`` finds, where there is one."""
+
+    def __init__(self, kept: DecisionMemory, retrieval: Retrieval | None = None) -> None:
+        self._kept, self._retrieval = kept, retrieval
+
+    def noted(self, messages: Sequence[Message], user: str) -> Sequence[Message]:
+        return noted(messages, self._kept.notes.of(self._kept.tenant(user)))
+
+    async def show(
+        self, messages: Sequence[Message], recollection: Recollection, adapter_id: AdapterId
+    ) -> Shown | None:
+        if self._retrieval is None:
+            return None
+        return await self._retrieval.show(messages, recollection, adapter_id)
+
+
 @dataclass(frozen=True, slots=True)
 class Remembering:
     """``on`` is None where requests go without memory; ``kept`` is what is on the shelf, on or off."""
@@ -64,6 +87,7 @@ class Remembering:
     on: DecisionMemory | None = None
     follower: Follower | None = None
     tokens: TokenMemory | None = None
+    prompter: MemoryPrompter | None = None
     sessions: SessionStore | None = None
     folder: SessionFolder | None = None  # of sessions, on or off
 
@@ -135,9 +159,10 @@ def _sessions(config: Config, base: Base, engine: TransformersEngine) -> Session
 
 
 def _judged_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
-    if not (config.memory.decisions or config.memory.tokens):
-        return Remembering(open_kept(config, store))
+    if not (config.memory.decisions or config.memory.tokens or config.memory.retrieval):
+        return _off(open_kept(config, store))
     from gradatim.memory.follow import Follower
+    from gradatim.memory.retrieval import Retrieval
     from gradatim.memory.tell import Teller
     from gradatim.nn.render import Renderer
 
@@ -155,7 +180,7 @@ def _judged_memory(config: Config, store: SqlStore, base: Base, engine: Transfor
         )
     except ForeignMemoryError as e:
         log.critical("memory stays off: %s", e)
-        return Remembering(open_kept(config, store))
+        return _off(open_kept(config, store))
     if not store.cursor(CURSOR) and not memory.stats()["entries"]:
         memory.start_from(store.end())
     for adapter_id in store.stages(config.name, Stage.LIVE):
@@ -174,7 +199,13 @@ def _judged_memory(config: Config, store: SqlStore, base: Base, engine: Transfor
         teller=None if tokens is None else Teller(memory, tokens, store, engine.states),
         rewards=config.reward,
     )
-    return Remembering(memory, memory, follower, tokens)
+    retrieval = Retrieval(memory, engine, store, renderer, config.memory) if config.memory.retrieval else None
+    return Remembering(memory, memory, follower, tokens, MemoryPrompter(memory, retrieval))
+
+
+def _off(kept: DecisionMemory) -> Remembering:
+    """Pinned notes are told all the same."""
+    return Remembering(kept, prompter=MemoryPrompter(kept))
 
 
 def _token_memory(config: Config, base: Base) -> TokenMemory | None:

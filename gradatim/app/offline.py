@@ -116,6 +116,20 @@ def evaluation(config: Config, suite: Path, adapter_id: str, against: str | None
     }
 
 
+def consolidation(config: Config, *, undo: bool = False) -> dict[str, Any]:
+    """What the live adapter knows of what is remembered is retired, or all of that is taken back; a server that runs
+    follows within seconds. ConfigError where the data directory holds no records."""
+    with _existing(config) as store:
+        if undo:
+            from gradatim.memory.consolidate import undo as take_back
+            from gradatim.store import SqlShelf
+
+            return take_back(SqlShelf(store.engines), store, config.name)
+        base = compose.build_base(config)
+        compose.register_base(store, config, base.sha256)
+        return compose.build_consolidation(config, store, base).run()
+
+
 def _adapter(store: SqlStore, adapter_id: str) -> Adapter:
     for _, adapter in store.newest(Adapter, id=adapter_id):
         return adapter

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradatim.memory.decisions import DecisionMemory
+from gradatim.memory.notes import Notes
 from gradatim.memory.session_folder import SessionFolder
 from gradatim.types import MemoryEpoch
 
@@ -36,6 +37,13 @@ class Remembered:
 
     def check(self) -> Mapping[str, Any]:
         return self.judged.check()
+
+    def compact(self) -> Mapping[str, Any]:
+        return self.judged.compact()
+
+    @property
+    def notes(self) -> Notes:
+        return self.judged.notes
 
     def epoch(self, tenant: str | None, *, actor: str, reason: str = "") -> MemoryEpoch:
         return self.judged.epoch(tenant, actor=actor, reason=reason)

@@ -149,6 +149,7 @@ async def _answer(
         memory=remembering.on,
         memory_admin=remembering.admin,
         sessions=remembering.sessions,
+        prompter=remembering.prompter,
     )
     server = _Uvicorn(
         uvicorn.Config(

@@ -1,4 +1,4 @@
-"""Commands about what is remembered: stats, show, check, epoch, undo-epoch, forget.
+"""Commands about what is remembered: looking, epochs, forgetting, consolidating, pinned notes.
 
 With a server they act on the next token; without one on the store, for the next start.
 """
@@ -6,7 +6,7 @@ With a server they act on the next token; without one on the store, for the next
 from __future__ import annotations
 
 from typing import Annotated, Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import typer
 
@@ -27,6 +27,11 @@ def register(app: typer.Typer) -> None:
     group.command(epilog="Example: gradatim memory epoch --reason 'the page was redesigned'")(epoch)
     group.command("undo-epoch", epilog="Example: gradatim memory undo-epoch")(undo_epoch)
     group.command(epilog="Example: gradatim memory forget user alice")(forget)
+    group.command(epilog="Example: gradatim memory compact")(compact)
+    group.command(epilog="Example: gradatim memory consolidate")(consolidate)
+    group.command(epilog="Example: gradatim memory pin --tenant alice 'Alice works in the Berlin office.'")(pin)
+    group.command(epilog="Example: gradatim memory unpin n-0123456789ab")(unpin)
+    group.command(epilog="Example: gradatim memory pins --tenant alice")(pins)
     app.add_typer(group, name="memory")
 
 
@@ -107,6 +112,72 @@ def forget(
     """Delete what is remembered of somebody or something, for good and by the next token."""
     body = {"scope": scope, "value": value, "reason": reason}
     _change("forget", body, "{entries} entries and {sessions} sessions are forgotten", file, data_dir, name, as_json)
+
+
+def compact(file: ConfigFile = None, data_dir: DataDir = None, name: Name = None, as_json: AsJson = False) -> None:
+    """Delete keys of weights that no longer answer, and what is left of entries that are gone."""
+    said = "{spaces} key spaces, {keys} stray keys and what was left of {orphans} entries are deleted"
+    _change("compact", {}, said, file, data_dir, name, as_json)
+
+
+def consolidate(
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Let all count again that the live adapter made needless.")
+    ] = False,
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Retire what the live adapter knows without memory. A server that runs follows within seconds."""
+    from gradatim.app.offline import consolidation
+
+    told = consolidation(recorded(file, data_dir, name), undo=undo)
+    if undo:
+        output.show(told, as_json, lambda console: console.print(f"{told['undone']} entries count again"))
+        return
+    columns = ("entry", "tenant", "helped", "harmed", "chance without memory", "paraphrases", "retired")
+    keys = ("id", "tenant", "helped", "harmed", "chance", "paraphrases", "retired")
+    cells = [tuple(f"{row[k]:.3f}" if k == "chance" else row[k] for k in keys) for row in told["entries"]]
+    output.show(told, as_json, lambda console: console.print(output.table(columns, cells)))
+
+
+def pin(
+    text: Annotated[str, typer.Argument(help="What every request of the tenant is told, in its system part.")],
+    tenant: Annotated[str, typer.Option(help="Whose requests (their `user`); left out: those without one.")] = "",
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pin a note to a tenant: plain state, told from the next request on. Pinned versions answer without it."""
+    _change("notes", {"tenant": tenant, "text": text}, "{id} is pinned", file, data_dir, name, as_json)
+
+
+def unpin(
+    note: Annotated[str, typer.Argument(help="Its id, as `gradatim memory pins` shows it.")],
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete a note; from the next request on it is told no more."""
+    gone = routes(recorded(file, data_dir, name)).delete(f"/v1/memory/notes/{quote(note, safe='')}")
+    output.show(gone, as_json, lambda console: console.print(f"{gone['id']} is unpinned"))
+
+
+def pins(
+    tenant: Tenant = None,
+    file: ConfigFile = None,
+    data_dir: DataDir = None,
+    name: Name = None,
+    as_json: AsJson = False,
+) -> None:
+    """The notes that are pinned."""
+    asked = "" if tenant is None else f"?{urlencode({'tenant': tenant})}"
+    rows = routes(recorded(file, data_dir, name)).get(f"/v1/memory/notes{asked}")["data"]
+    cells = [(row["id"], row["tenant"], output.when(row["created_at"]), row["text"]) for row in rows]
+    output.show(rows, as_json, lambda console: console.print(output.table(("note", "tenant", "when", "text"), cells)))
 
 
 def _change(

@@ -28,6 +28,9 @@ class Routes:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         return self._ask("POST", path, body)
 
+    def delete(self, path: str) -> Any:
+        return self._ask("DELETE", path, None)
+
     def readiness(self) -> Mapping[str, str] | None:
         """What the server says of its own parts; its ``status`` is ok where it would answer and record a request now.
         None where no server runs or it does not answer."""

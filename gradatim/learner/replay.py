@@ -12,7 +12,8 @@ import heapq
 import random
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from itertools import islice
 
 from gradatim.learner.reservoir import Member, Reservoir
 from gradatim.protocols import Store
@@ -61,15 +62,24 @@ class Lineage:
 
 
 class StoreReplay:
-    """A ``protocols.Replay`` over the store's log.
+    """A ``protocols.Replay`` over the store's log. ``first``: steps whose examples take up to half of every draw.
 
     Never drawn: examples that are not in the live adapter's lineage (refused, rejected, rolled back and whatever was
     built on those), retained and withdrawn ones, superseded revisions, and answers to avoid, which would be pushed
     down again and again against an ever newer parent.
     """
 
-    def __init__(self, store: Store, name: str, seed: int, capacity: int = CAPACITY) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        seed: int,
+        capacity: int = CAPACITY,
+        *,
+        first: Callable[[], Sequence[StepId]] | None = None,
+    ) -> None:
         self._store = store
+        self._first = first
         self._name = name
         self._seed = seed
         self._read: dict[type[Record], int] = dict.fromkeys(_KINDS, 0)  # store positions
@@ -89,10 +99,18 @@ class StoreReplay:
             return []
         self._catch_up()
         rng = random.Random(f"{self._seed}:{self._read[Update]}")
-        drawn = self._learned.draw(
-            n, lambda m: m.adapter in self._lineage and m.id not in exclude, self._need, rng, self._since
+        drawn = self._preferred(n // 2, exclude)
+        taken = {member.id for member in drawn} | exclude
+        drawn += self._learned.draw(
+            n - len(drawn), lambda m: m.adapter in self._lineage and m.id not in taken, self._need, rng, self._since
         )
         return [example for member in drawn for _, example in self._store.newest(Example, id=member.id)]
+
+    def _preferred(self, n: int, exclude: Set[str]) -> list[Member]:
+        """Of the steps that are to come first, those that may be drawn at all."""
+        found = (self._by_step.get(step_id) for step_id in (self._first() if self._first is not None else ()))
+        fit = (m for m in found if m is not None and m.current and m.id not in exclude and m.adapter in self._lineage)
+        return list(islice((m for m in fit if self._learned.get(m.id) is m), n))
 
     def _need(self, skill: str) -> float:
         """In [1, 3]: three times as many of a skill whose answers are not known at all as of one known by heart."""

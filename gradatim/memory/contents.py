@@ -15,7 +15,16 @@ from numpy.typing import NDArray
 from gradatim.errors import MemoryKeyError
 from gradatim.memory.index import FlatIndex
 from gradatim.memory.spaces import from_bytes
-from gradatim.types import EpisodeId, MemoryEntry, MemoryEpoch, MemoryKey, MemoryUse, StepId, Tombstone
+from gradatim.types import (
+    EpisodeId,
+    MemoryEntry,
+    MemoryEpoch,
+    MemoryKey,
+    MemoryRetirement,
+    MemoryUse,
+    StepId,
+    Tombstone,
+)
 
 Floats = NDArray[np.float32]
 NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
@@ -43,6 +52,7 @@ class Contents:
         self.tokens: Drops | None = None
         self.revision = 0  # rises with every change of what counts
         self.damaged = 0  # keys that could not be read
+        self.retired: dict[str, dict[str, int]] = {}  # digest of an adapter -> entry -> its position when it retired
         self._uses: dict[str, dict[StepId, float]] = defaultdict(dict)  # entry -> answers
         self._used_by: dict[StepId, set[str]] = defaultdict(set)  # answer -> entries
 
@@ -98,6 +108,19 @@ class Contents:
         """How many answers it helped, and how many it harmed."""
         values = self._uses.get(entry_id, {}).values()
         return sum(v > 0.0 for v in values), sum(v < 0.0 for v in values)
+
+    def retire(self, adapter_sha256: str, ledger: Iterable[MemoryRetirement]) -> None:
+        """What these weights know by themselves is replaced by what the ledger says; undone rows say nothing."""
+        rows = sorted(ledger, key=lambda row: row.position)  # the newest revision of an entry last
+        now = {row.entry_id: row.position for row in rows if row.undone_at is None}
+        if now != self.retired.get(adapter_sha256, {}):
+            self.retired[adapter_sha256] = now
+            for tenant in self.sizes:
+                self.versions[tenant] += 1
+
+    def is_known(self, entry: MemoryEntry, adapter_sha256: str) -> bool:
+        """Whether these weights were found to know it by themselves."""
+        return self.retired.get(adapter_sha256, {}).get(entry.id) == entry.position
 
     def _drop_tokens(self, entry_id: str, but: MemoryEntry | None = None) -> None:
         """Out of the token memory, unless ``but`` says the same there."""
@@ -211,6 +234,9 @@ class Contents:
             "sources": list(entry.sources),
             "epoch": entry.epoch,
             "active": entry.epoch >= self.since(entry.tenant),
+            "retired_under": sorted(
+                sha[:16] for sha, rows in self.retired.items() if rows.get(entry.id) == entry.position
+            ),
             "helped": helped,
             "harmed": harmed,
             "spaces": sorted(s for (t, s), i in self.indexes.items() if t == entry.tenant and entry.step_id in i),
@@ -222,6 +248,7 @@ class Contents:
         return {
             "entries": len(self.entries),
             "active": sum(e.epoch >= self.since(e.tenant) for e in self.entries.values()),
+            "retired": len({i for rows in self.retired.values() for i in rows if i in self.entries}),
             "tenants": sum(n > 0 for n in self.sizes.values()),
             "keys": sum(map(len, self.indexes.values())),
             "helped": sum(helped for helped, _ in told),

@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
 from gradatim.errors import StoreError
-from gradatim.memory.contents import Contents, covers, read
+from gradatim.memory import upkeep
+from gradatim.memory.contents import Contents, covers
+from gradatim.memory.notes import Notes
 from gradatim.memory.recall import Neighbourhood, Recall
 from gradatim.memory.spaces import check_space, make_space, to_bytes
 from gradatim.memory.token_folders import TokenFolders
@@ -34,6 +36,8 @@ from gradatim.types import (
     MemoryEntry,
     MemoryEpoch,
     MemoryKey,
+    MemoryNote,
+    MemoryRetirement,
     MemorySpace,
     MemoryUse,
     StepId,
@@ -50,6 +54,7 @@ CURSOR = "memory.judged"  # feedback up to here has been remembered
 SCOPES: Sequence[str] = get_args(get_type_hints(Tombstone)["scope"])
 _RECENT = 4096  # keys of answers that wait for their feedback
 _SPACES = 4  # that keys are made for: live, canary, holdback and the base
+_MADE_OF_ENTRIES = (MemoryKey, MemorySpace, MemoryUse, MemoryRetirement)
 Drop = tuple[type[Kept], Mapping[str, str]]
 
 
@@ -72,6 +77,7 @@ class DecisionMemory:
     ) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
+        self.notes = Notes(shelf, by_user=config.tenants == "user", clock=clock)
         self._shelf, self._clock, self._layers = shelf, clock, layers
         self._base, self._tokenizer = base_sha256, tokenizer_sha256
         self._writing = threading.RLock()
@@ -114,10 +120,17 @@ class DecisionMemory:
             found = sorted(
                 self._all.near(tenant, space, self._bridges.get(space), key, floor), key=lambda pair: pair[0].id
             )
-            return Neighbourhood(found, self._all.versions[tenant], self._all.since(tenant))
+            digest = self._spaces[space].adapter_sha256 if space in self._spaces else ""
+            known = [pair for pair in found if self._all.is_known(pair[0], digest)]
+            left = [pair for pair in found if not self._all.is_known(pair[0], digest)] if known else found
+            return Neighbourhood(left, self._all.versions[tenant], self._all.since(tenant), known)
 
     def version(self, tenant: str) -> int:
         return self._all.versions[tenant]
+
+    def holds(self, tenant: str) -> bool:
+        """Whether anything is remembered of it."""
+        return self._all.sizes[tenant] > 0
 
     def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
         """Keep the key of an answer until it is judged."""
@@ -185,14 +198,18 @@ class DecisionMemory:
                 reason=reason,
             )
             gone = {e.id for e in self._all.entries.values() if covers(tombstone, e)}
-            everything: list[Drop] = [(MemoryKey, {}), (MemorySpace, {}), (MemoryUse, {})] if scope == "all" else []
-            self._shelf.change(put=[tombstone], drop=[*self._drops(gone), *everything])
+            everything: list[Drop] = [(kind, {}) for kind in _MADE_OF_ENTRIES] if scope == "all" else []
+            notes = self.notes.covered(tombstone)
+            unpinned: list[Drop] = [(MemoryNote, {"id": note.id}) for note in notes]
+            self._shelf.change(put=[tombstone], drop=[*self._drops(gone), *everything, *unpinned])
             with self._lock:
                 self._all.take(gone)
+                self.notes.take(notes)
                 self._all.tombstones.append(tombstone)
                 if scope != "entry":
                     self._recent.clear()  # whose they are is not known; the others' can be made anew
-            return {"scope": scope, "value": value, "entries": len(gone), "at": tombstone.created_at}
+            told = {"entries": len(gone), "notes": len(notes)}
+            return {"scope": scope, "value": value, **told, "at": tombstone.created_at}
 
     def epoch(
         self, tenant: str | None, *, actor: str, reason: str = "", cursors: Mapping[str, int] | None = None
@@ -307,9 +324,12 @@ class DecisionMemory:
 
     def stats(self) -> dict[str, float]:
         with self._lock:
-            counts = {name: self.counts[name] for name in ("recalls", "steered", "written", "failed", "unreadable")}
+            counts = {
+                name: self.counts[name] for name in ("recalls", "steered", "shown", "written", "failed", "unreadable")
+            }
             tokens = {} if self._tokens is None else self._tokens.stats()
-            return {**self._all.stats(), **tokens, **counts, "spaces": len(self._spaces)}
+            more = {"spaces": len(self._spaces), "notes": len(self.notes.show())}
+            return {**self._all.stats(), **tokens, **counts, **more}
 
     def show(self, *, tenant: str | None = None, step_id: str = "", limit: int = 100) -> list[dict[str, Any]]:
         """Entries, the newest first; of one tenant or step."""
@@ -319,17 +339,32 @@ class DecisionMemory:
     def check(self) -> dict[str, Any]:
         """Compare what answers are made with to the shelf: entries one by one, and the checksum of every key."""
         with self._writing:
-            entries = {e.id: e for e in self._shelf.load(MemoryEntry)}
-            keys = self._shelf.load(MemoryKey)
-            here = self._all.entries
-            problems = {
-                "lost": sorted(entries.keys() - here.keys()),
-                "extra": sorted(here.keys() - entries.keys()),
-                "differing": sorted(i for i in entries.keys() & here.keys() if entries[i] != here[i]),
-                "damaged_keys": sorted(k.step_id for k in keys if read(k) is None),
-                "stray_tokens": [] if self._tokens is None else self._tokens.stray(self._all.told()),
-            }
-        return {"ok": not any(problems.values()), "entries": len(entries), "keys": len(keys), **problems}
+            stray = [] if self._tokens is None else self._tokens.stray(self._all.told())
+            return upkeep.check(self._shelf, self._all, stray)
+
+    def compact(self) -> dict[str, Any]:
+        """Delete what nothing is answered with any more: keys of spaces that no request comes in, and what is left of
+        entries that are gone. Where no request came yet, the space with most keys stays."""
+        with self._writing:
+            with self._lock:
+                needed = {*self._wanted, *self._bridges.values()}
+            fullest = self.fullest(but="")
+            drop, told = upkeep.leftovers(self._shelf, self._all, needed or {fullest or ""})
+            self._shelf.change(drop=drop)
+            with self._lock:
+                for at in [at for at in self._all.indexes if at[1] in told["spaces"]]:
+                    del self._all.indexes[at]
+                self._spaces = {i: s for i, s in self._spaces.items() if i not in told["spaces"]}
+            return {name: len(gone) for name, gone in told.items()}
+
+    def reread_retired(self) -> None:
+        """What the loop or a person retired meanwhile. In effect when it returns."""
+        with self._lock:
+            digests = {self._spaces[space].adapter_sha256 for space in self._wanted}
+        for digest in sorted(digests):
+            ledger = self._shelf.load(MemoryRetirement, adapter_sha256=digest)
+            with self._lock:
+                self._all.retire(digest, ledger)
 
     # ----------------------------------------------------------------------------------------------- inside
 
@@ -344,6 +379,8 @@ class DecisionMemory:
         for key in self._shelf.load(MemoryKey):
             self._all.put_key(key)
         self._all.use((), [u for u in self._shelf.load(MemoryUse) if u.entry_id in self._all.entries])
+        for digest, ledger in upkeep.by_adapter(self._shelf.load(MemoryRetirement)).items():
+            self._all.retire(digest, ledger)
 
     def _space(self, adapter_id: AdapterId, adapter_sha256: str) -> MemorySpace:
         space = make_space(
@@ -373,7 +410,8 @@ class DecisionMemory:
         gone = set(ids)
         drop: list[Drop] = []
         for entry_id in sorted(gone):
-            drop += [(MemoryEntry, {"id": entry_id}), (MemoryUse, {"entry_id": entry_id})]
+            drop.append((MemoryEntry, {"id": entry_id}))
+            drop += [(kind, {"entry_id": entry_id}) for kind in (MemoryUse, MemoryRetirement)]
         return drop + [(MemoryKey, {"step_id": step}) for step in self._all.without(gone) if step not in but]
 
     def _set_epoch(self, epoch: MemoryEpoch, cursors: Mapping[str, int] | None = None) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
@@ -30,6 +31,7 @@ from gradatim.types import DRIFT, AdapterId, Case, MemoryUse, Step, StepId, Verd
 log = logging.getLogger(__name__)
 WORLDS = "memory.worlds"  # cursor: of each new world up to here an epoch was begun
 POLL_S = 0.1
+LEDGER_S = 2.0
 _LONGEST_PAUSE_S = 10.0
 _CASES = 50  # in one turn
 _KEYS = 8  # made in one turn, one after the other: requests go first
@@ -59,6 +61,7 @@ class Follower:
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
         self._looked = -1  # position of the newest verdict on the world; before the first look there is none
         self._tried: dict[str, list[bool]] = {}  # space -> probes that found themselves
+        self._ledger_read_at = -LEDGER_S
         self._skipped: set[tuple[StepId, str]] = set()  # that cannot be placed
 
     async def watch(self) -> None:
@@ -79,9 +82,16 @@ class Follower:
         """Take in new feedback, or else make some keys. True if anything was done."""
         if await asyncio.to_thread(self.take):
             return True
-        placed = self._memory.config.decisions and await self.tend()
+        await self._look_at_the_ledger()
+        placed = (self._memory.config.decisions or self._memory.config.retrieval) and await self.tend()
         told = self._teller is not None and await self._teller.turn()
         return placed or told
+
+    async def _look_at_the_ledger(self) -> None:
+        """Now and then: it is written by the loop's process, or by hand."""
+        if time.monotonic() - self._ledger_read_at >= LEDGER_S:
+            await asyncio.to_thread(self._memory.reread_retired)
+            self._ledger_read_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------ feedback -> entries
 

@@ -38,6 +38,7 @@ class Neighbourhood:
     near: Near
     version: int  # of the tenant's memory; another one means that something was taken out of it
     epoch: int
+    known: Near = ()  # retired: the weights know it by themselves
 
 
 @dataclass(slots=True)
@@ -78,6 +79,17 @@ def actions_of(near: Near, config: MemoryConfig) -> list[Action]:
     ]
 
 
+def steering_of(found: Neighbourhood, config: MemoryConfig) -> Steering:
+    """What is known near here by the weights themselves is evidence for the model: what is remembered beside it does
+    not take its place, nor speak against it more than it did before."""
+    known = [pair for pair in found.known if pair[0].value > 0.0]
+    tokens = {entry.tokens for entry, _ in known}
+    actions = actions_of([*found.near, *known], config)
+    own = [action for action in actions if action.tokens in tokens and action.evidence > 0.0]
+    mass = sum(math.expm1(min(action.evidence, 50.0)) for action in own)
+    return Steering([a for a in actions if a not in own], odds=config.odds / (1.0 + config.odds * mass))
+
+
 class Recall:
     """Implements ``protocols.Recollection``. Used by the engine's thread, and read by its owner afterwards."""
 
@@ -90,9 +102,14 @@ class Recall:
         self._steering = Steering((), odds=config.odds)
         self._leant = False
 
-    def situate(self, key: Floats) -> None:
+    def place(self, key: Floats) -> None:
+        """Where its prompt lies as it was asked; what stands in it besides, when it is read, is not to move it."""
         self.key = key_of(key)
         self._look()
+
+    def situate(self, key: Floats) -> None:
+        if self.key is None:
+            self.place(key)
 
     def lean(
         self, drawn: Sequence[int], path_logprob: float, logprobs: Callable[[Sequence[int]], Sequence[float]]
@@ -110,7 +127,7 @@ class Recall:
         if not self._config.decisions:
             return
         self._found = self._source.near(self.tenant, self.space.id, self.key, floor_of(self._config))
-        self._steering = Steering(actions_of(self._found.near, self._config), odds=self._config.odds)
+        self._steering = steering_of(self._found, self._config)
 
     def trace(self, tokens: Sequence[int]) -> dict[str, Any]:
         """What memory did to an answer of these tokens; empty where it had no part in it."""

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Mount, Route
 
 from gradatim.config import Config
 from gradatim.errors import GradatimError
-from gradatim.protocols import Engine, Memory, Router, Sessions, Store
+from gradatim.protocols import Engine, Memory, Prompter, Router, Sessions, Store
 from gradatim.server.admin import Admin, AdminRoutes
 from gradatim.server.completions import Completions
 from gradatim.server.edge import Edge
@@ -39,6 +39,7 @@ def build_app(
     memory: Memory | None = None,
     memory_admin: MemoryAdmin | None = None,
     sessions: Sessions | None = None,
+    prompter: Prompter | None = None,
 ) -> Starlette:
     """The ASGI application. Starts and stops nothing: engine, store and memory belong to the caller."""
     metrics = metrics or Metrics()
@@ -56,6 +57,7 @@ def build_app(
         blind=config.release.blind,
         memory=memory,
         sessions=sessions,
+        prompter=prompter,
     )
     completions = Completions(services, limit)
     feedback = FeedbackRoutes(store, metrics, writes, sources=config.reward.weights, max_body_bytes=limit)
@@ -114,6 +116,10 @@ def _memory(memory: MemoryRoutes) -> list[BaseRoute]:
         Route("/memory/epoch", memory.epoch, methods=["POST"]),
         Route("/memory/undo-epoch", memory.undo_epoch, methods=["POST"]),
         Route("/memory/forget", memory.forget, methods=["POST"]),
+        Route("/memory/compact", memory.compact, methods=["POST"]),
+        Route("/memory/notes", memory.pins),
+        Route("/memory/notes", memory.pin, methods=["POST"]),
+        Route("/memory/notes/{id}", memory.unpin, methods=["DELETE"]),
     ]
 
 

@@ -15,14 +15,14 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter, time
 from typing import Any
 
-from gradatim.errors import EngineError, OverloadedError, UnknownAdapterError
-from gradatim.protocols import Engine, Memory, OpenReading, Recollection, Router, Sessions, Store
+from gradatim.errors import EngineError, OverloadedError, PromptTooLongError, UnknownAdapterError
+from gradatim.protocols import Engine, Memory, OpenReading, Prompter, Recollection, Router, Sessions, Store
 from gradatim.server.episodes import Chain, Episodes
 from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
 from gradatim.server.problems import ApiError
 from gradatim.server.wire import Call
-from gradatim.types import Delta, EpisodeId, Route, Started, Step, StepId
+from gradatim.types import Delta, EpisodeId, Message, Request, Route, Shown, Started, Step, StepId
 
 log = logging.getLogger("gradatim.server")
 CAPTURE_BUDGET_S = 5.0
@@ -60,6 +60,7 @@ class Services:
     blind: bool = False  # whoever rates an answer cannot tell which adapter gave it
     memory: Memory | None = None
     sessions: Sessions | None = None
+    prompter: Prompter | None = None
     running: set[str] = field(default_factory=set)  # ids of the generations waiting or running
 
 
@@ -86,6 +87,8 @@ class Generation:
         self._events: AsyncIterator[Started | Delta] | None = None
         self._recollection: Recollection | None = None
         self._reading: OpenReading | None = None
+        self._messages: tuple[Message, ...] = call.messages  # with what is pinned
+        self._shown: Shown | None = None
         self._began_at = perf_counter()
         self._started = False
         self._finished = False
@@ -111,10 +114,19 @@ class Generation:
     async def _open(self) -> Started:
         self.route = await self._services.router.route(self.call.model, self.episode_id)
         self._recollection = self._recollect()
-        request = self.call.request
         await self._read_on()
+        request = self._noted()
         if self._recollection is not None or self._reading is not None:
             request = replace(request, recollection=self._recollection, reading=self._reading)
+        self._shown = await self._show()
+        if self._shown is not None:
+            try:
+                return await self._begin(replace(request, messages=self._shown.messages))
+            except PromptTooLongError:
+                self._shown = None  # there is room for what was asked alone
+        return await self._begin(request)
+
+    async def _begin(self, request: Request) -> Started:
         self._events = self._services.engine.generate(request, self.route.adapter_id)
         event = await anext(self._events, None)
         if not isinstance(event, Started):
@@ -145,6 +157,37 @@ class Generation:
         if self._reading is not None:
             self._reading.close()
 
+    def _noted(self) -> Request:
+        """The request with what is pinned; pinned weights answer without it, and a session was told when it began."""
+        request, prompter, self._messages = self.call.request, self._services.prompter, self.call.messages
+        goes_on = self._reading is not None and self._reading.before is not None
+        if prompter is None or request.messages is None or self.route.stage == "pinned" or goes_on:
+            return request
+        try:
+            noted = tuple(prompter.noted(request.messages, self.call.user))
+        except Exception:  # noqa: BLE001  the boundary to the memory: an answer without it is better than none
+            self._without_memory()
+            return request
+        if noted == request.messages:
+            return request
+        self._messages = noted
+        return replace(request, messages=noted)
+
+    async def _show(self) -> Shown | None:
+        """What is shown once is not for a session, which would read on from it."""
+        prompter = self._services.prompter
+        if prompter is None or self._recollection is None or not self._messages or self.call.reads_on:
+            return None
+        try:
+            return await prompter.show(self._messages, self._recollection, self.route.adapter_id)
+        except PromptTooLongError:
+            return None  # to read it a second time, that is
+        except (OverloadedError, UnknownAdapterError):
+            raise
+        except Exception:  # noqa: BLE001  as above
+            self._without_memory()
+            return None
+
     def _recollect(self) -> Recollection | None:
         """None where there is no memory, and for pinned weights: they answer by themselves."""
         memory, route = self._services.memory, self.route
@@ -164,7 +207,8 @@ class Generation:
     def _trace(self, choice: Choice) -> Mapping[str, Any]:
         """What memory did to it."""
         try:
-            return {} if self._recollection is None else self._recollection.trace(choice.token_ids)
+            traced = {} if self._recollection is None else self._recollection.trace(choice.token_ids)
+            return self._with_shown(traced, choice.token_ids)
         except Exception:  # noqa: BLE001  as above
             self._without_memory()
             return {}
@@ -172,6 +216,16 @@ class Generation:
     def _far(self) -> Mapping[str, Any]:
         """What lay beyond the window."""
         return {} if self._reading is None else self._reading.trace()
+
+    def _with_shown(self, traced: Mapping[str, Any], answer: list[int]) -> Mapping[str, Any]:
+        """With what was in its prompt, and which of that it repeats. The prompt that was read stands there too: that of
+        the step is the one that is learned from."""
+        if self._shown is None:
+            return traced
+        repeated = [entry.id for entry in self._shown.entries if list(entry.tokens) == answer]
+        spoke_for = list(dict.fromkeys((*traced.get("for", ()), *repeated)))
+        shown = {"retrieved": list(self._shown.told), "read_ids": list(self.prompt_ids), "for": spoke_for}
+        return {**traced, **shown}
 
     async def deltas(self) -> AsyncIterator[Delta]:
         """The engine's deltas, kept as they pass. EngineError where it ends before every choice has."""
@@ -253,8 +307,8 @@ class Generation:
             adapter_sha256=self.route.adapter_sha256,
             stage=self.route.stage,
             propensity=self.route.propensity,
-            messages=self.call.messages,
-            prompt_ids=self.prompt_ids,
+            messages=self._messages,
+            prompt_ids=self.prompt_ids if self._shown is None else self._shown.prompt_ids,
             completion_ids=tuple(choice.token_ids),
             logprobs=tuple(t.logprob if t.model_logprob is None else t.model_logprob for t in tokens),
             text=text,

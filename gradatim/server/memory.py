@@ -17,7 +17,7 @@ from gradatim.server.body import parse_json
 from gradatim.server.problems import ApiError, json_response
 from gradatim.server.records import plain
 from gradatim.server.wire import invalid
-from gradatim.types import MemoryEpoch
+from gradatim.types import MemoryEpoch, MemoryNote
 
 _ACTOR = "person"
 _MOST = 1000  # entries in one answer
@@ -40,6 +40,31 @@ class MemoryAdmin(Protocol):
 
     def forget(self, scope: str, value: str, *, actor: str, reason: str = "") -> Mapping[str, Any]:
         """In effect for the next token when it returns. StoreError for a scope that there is not."""
+
+    def compact(self) -> Mapping[str, Any]:
+        """Deletes what nothing is answered with any more, and says how much."""
+
+    @property
+    def notes(self) -> NoteAdmin: ...
+
+
+class NoteAdmin(Protocol):
+    """Methods may block."""
+
+    def show(self, tenant: str | None = None) -> Sequence[MemoryNote]:
+        """Of one tenant, or of all (None)."""
+
+    def pin(self, tenant: str, text: str, *, actor: str) -> MemoryNote:
+        """ConflictError where a tenant's notes would be too long."""
+
+    def unpin(self, note_id: str) -> MemoryNote:
+        """StoreError where there is none of that id."""
+
+
+class _Note(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    tenant: str = Field(default="", max_length=256)
+    text: str = Field(min_length=1, max_length=4000)
 
 
 class _Epoch(BaseModel):
@@ -94,6 +119,25 @@ class MemoryRoutes:
             raise ApiError(422, "value is needed: whose or which", param="value")
         done = await asyncio.to_thread(self._admin.forget, asked.scope, asked.value, actor=_ACTOR, reason=asked.reason)
         return json_response(plain(done))
+
+    async def compact(self, request: Request) -> Response:
+        return json_response(plain(await asyncio.to_thread(self._admin.compact)))
+
+    async def pins(self, request: Request) -> Response:
+        notes = await asyncio.to_thread(self._admin.notes.show, request.query_params.get("tenant"))
+        return json_response({"object": "list", "data": plain(notes)})
+
+    async def pin(self, request: Request) -> Response:
+        asked = await _body(request, _Note)
+        return json_response(
+            plain(await asyncio.to_thread(self._admin.notes.pin, asked.tenant, asked.text, actor=_ACTOR))
+        )
+
+    async def unpin(self, request: Request) -> Response:
+        note_id = request.path_params["id"]
+        if all(note.id != note_id for note in await asyncio.to_thread(self._admin.notes.show)):
+            raise ApiError(404, f"no note {note_id} is pinned", param="id", code="not_found")
+        return json_response(plain(await asyncio.to_thread(self._admin.notes.unpin, note_id)))
 
     @property
     def _admin(self) -> MemoryAdmin:

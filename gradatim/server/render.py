@@ -13,6 +13,7 @@ from gradatim.server.generation import Generation
 from gradatim.types import Delta, Token
 
 _FLOOR = -9999.0  # JSON has no -inf; OpenAI sends this instead
+_SHOWN = ("entry", "cosine", "age_s")  # of what was retrieved; explain tells its text
 Json = dict[str, Any]
 
 
@@ -28,9 +29,10 @@ def provenance(gen: Generation, *, final: bool) -> Json:
     if not final:
         return out
     if gen.memory:
-        out["memory"] = {
-            name: gen.memory[name] for name in ("weight", "near", "tokens", "attention") if name in gen.memory
-        }
+        names = ("weight", "near", "tokens", "attention")
+        out["memory"] = {name: gen.memory[name] for name in names if name in gen.memory}
+        if "retrieved" in gen.memory:
+            out["memory"]["retrieved"] = [{k: one[k] for k in _SHOWN} for one in gen.memory["retrieved"]]
     return out | {"captured": gen.captured}
 
 

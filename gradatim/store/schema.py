@@ -32,6 +32,8 @@ from gradatim.types import (
     MemoryEntry,
     MemoryEpoch,
     MemoryKey,
+    MemoryNote,
+    MemoryRetirement,
     MemorySpace,
     MemoryUse,
     Move,
@@ -377,6 +379,29 @@ shadow_pairs = _shelf(
     _float("live_reward", null=True),
 )
 
+memory_notes = _shelf(
+    "memory_notes",
+    _id("id"),
+    _key("tenant"),
+    _free_text("text"),
+    _float("created_at"),
+    _key("actor"),
+    by=("tenant",),
+)
+
+memory_retirements = _shelf(
+    "memory_retirements",
+    _id("id"),
+    _key("entry_id"),
+    _int("position"),
+    _key("adapter_sha256"),
+    _key("adapter_id"),
+    _float("chance"),
+    _float("created_at"),
+    _float("undone_at", null=True),
+    by=("entry_id", "adapter_sha256"),
+)
+
 SHELF: Mapping[type[Any], Table] = {
     MemoryEntry: memory_entries,
     MemoryKey: memory_keys,
@@ -386,6 +411,8 @@ SHELF: Mapping[type[Any], Table] = {
     Tombstone: memory_tombstones,
     Sketch: reward_sketches,
     ShadowPair: shadow_pairs,
+    MemoryNote: memory_notes,
+    MemoryRetirement: memory_retirements,
 }
 
 # ------------------------------------------------------------------------------ the facts that may change
