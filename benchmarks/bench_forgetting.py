@@ -273,7 +273,7 @@ def parsed() -> argparse.Namespace:
         nargs="*",
         default=list(ARMS),
         choices=ARMS,
-        help="goals are judged only with naive and default among them",
+        help="naive and default are judged",
     )
     parser.add_argument("--all", action="store_true", help="every arm at every learning rate")
     parser.add_argument("--results", type=Path, help="where finished cells are kept (default: a temporary folder)")
