@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from gradatim.app.compose import check_held_out
 from gradatim.config import Config, CriticConfig, CriticsConfig, DriftConfig, RewardConfig
 from gradatim.errors import ConfigError
-from gradatim.release.proxy import PROXY, ProxyGate, ProxyWatch, detector, standing
+from gradatim.release.proxy import PROXY, STATE, ProxyGate, ProxyWatch, detector, standing
+from gradatim.release.state_file import StateFile
 from gradatim.reward.ledger import Ledger
 from gradatim.store import SqlStore, open_store
 from gradatim.types import APPROVAL, AdapterId, Decision, EpisodeId, Move, Reward, Stage, Verdict
@@ -153,13 +154,13 @@ def test_nothing_is_told_of_rewards_that_go_with_the_judges(store: SqlStore) -> 
 def test_an_episode_counts_once_and_a_restart_changes_nothing(store: SqlStore, tmp_path: Path) -> None:
     live_through(store, 120, hacked=False)
     first = watch(store, tmp_path)
-    first._save()
+    StateFile(tmp_path / STATE).save(first.state())
     [(_, again)] = store.read(Reward, episode_id="e0")
     store.append(again)
     live_through(store, 50, hacked=False, seed=1, begin=120)
     assert watch(store, tmp_path).state() == watch(store).state()
     assert watch(store).describe()["units"] == 170
-    (tmp_path / "proxy-state.json").write_text("{}")
+    (tmp_path / STATE).write_text("{}")
     assert watch(store, tmp_path).describe()["units"] == 170
 
 

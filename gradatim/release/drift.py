@@ -12,7 +12,6 @@ was told once is not told again.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -31,6 +30,7 @@ from gradatim.release.cause import CONTROL, LIVE, Comparison, Rated, compare
 from gradatim.release.lift import Lift
 from gradatim.release.series import Series, Shift
 from gradatim.release.sketch import PROJECTIONS, log_length, sketch
+from gradatim.release.state_file import StateFile
 from gradatim.release.units import CLASSES, rewards_of
 from gradatim.types import DRIFT, AdapterId, Decision, EpisodeId, Feedback, Reward, Stage, Step, Verdict
 
@@ -71,9 +71,10 @@ class Drift:
         self, store: Store, config: Config, folder: Path | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._store, self._config, self._clock = store, config, clock
-        self._path = folder / STATE if folder else None
+        self._file = StateFile(folder / STATE if folder else None)
         self._begin()
-        self._load()
+        if not self._file.load(self._restore):
+            self._begin()
         self._told = {name: store.cursor(name) for name in (ASKED, RATED)}
 
     def _begin(self) -> None:
@@ -100,7 +101,8 @@ class Drift:
             self._read[RATED] = position
         self._unsaved += len(steps) + len(rewards)
         if self._unsaved >= _SAVE_EVERY:
-            self._save()
+            self._unsaved = 0
+            self._file.save(self.state())
         return bool(steps or rewards)
 
     def describe(self) -> Mapping[str, Any]:
@@ -287,26 +289,6 @@ class Drift:
         self._live = AdapterId(state["live"])
         self._counts = Counter(state["counts"])
         self._read = {name: int(state["read"][name]) for name in (ASKED, RATED)}
-
-    def _save(self) -> None:
-        self._unsaved = 0
-        if self._path is None:
-            return
-        part = self._path.with_suffix(".part")
-        try:
-            part.write_text(json.dumps(self.state()))
-            part.replace(self._path)
-        except OSError as e:  # it is read again from the log
-            log.warning("what was seen of drift cannot be saved: %s", e.strerror)
-
-    def _load(self) -> None:
-        if self._path is None or not self._path.exists():
-            return
-        try:
-            self._restore(json.loads(self._path.read_text()))
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            log.warning("%s cannot be used (%s); the log is read from its beginning", self._path, e)
-            self._begin()
 
 
 def _step_of(adapter_id: AdapterId) -> int:

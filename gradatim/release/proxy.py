@@ -13,7 +13,6 @@ A function of the log; ``proxy-state.json`` saves reading it all again and may b
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -28,6 +27,7 @@ from gradatim.config import Config
 from gradatim.opinions import is_held_out, weigh
 from gradatim.protocols import Store
 from gradatim.release.series import arrays, put_back
+from gradatim.release.state_file import StateFile
 from gradatim.stats.change import Changes
 from gradatim.types import APPROVAL, Adapter, AdapterId, Decision, Feedback, Reward, Stage, Step, Verdict
 
@@ -55,9 +55,10 @@ class ProxyWatch:
         self, store: Store, config: Config, folder: Path | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
         self._store, self._config, self._clock = store, config, clock
-        self._path = folder / STATE if folder else None
+        self._file = StateFile(folder / STATE if folder else None)
         self._begin()
-        self._load()
+        if not self._file.load(self._restore):
+            self._begin()
         self._told = store.cursor(PROXY)
 
     def _begin(self) -> None:
@@ -75,7 +76,8 @@ class ProxyWatch:
             self._read = position
         self._unsaved += len(page)
         if self._unsaved >= _SAVE_EVERY:
-            self._save()
+            self._unsaved = 0
+            self._file.save(self.state())
         return bool(page)
 
     def _judge(self, position: int, reward: Reward) -> list[Verdict]:
@@ -184,29 +186,11 @@ class ProxyWatch:
             "versions": [[s, *sums] for s, sums in self._versions.items()],
         }
 
-    def _save(self) -> None:
-        self._unsaved = 0
-        if self._path is None:
-            return
-        part = self._path.with_suffix(".part")
-        try:
-            part.write_text(json.dumps(self.state()))
-            part.replace(self._path)
-        except OSError as e:  # it is read again from the log
-            log.warning("what was seen of the reward cannot be saved: %s", e.strerror)
-
-    def _load(self) -> None:
-        if self._path is None or not self._path.exists():
-            return
-        try:
-            state = json.loads(self._path.read_text())
-            put_back(self._changes, state["changes"])
-            self._units.extend((float(at), float(p), float(g)) for at, p, g in state["units"])
-            self._versions = {int(s): [float(x) for x in sums] for s, *sums in state["versions"]}
-            self._read = int(state["read"])
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            log.warning("%s cannot be used (%s); the log is read from its beginning", self._path, e)
-            self._begin()
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        put_back(self._changes, state["changes"])
+        self._units.extend((float(at), float(p), float(g)) for at, p, g in state["units"])
+        self._versions = {int(s): [float(x) for x in sums] for s, *sums in state["versions"]}
+        self._read = int(state["read"])
 
 
 class ProxyGate:
