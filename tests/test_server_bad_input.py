@@ -127,3 +127,10 @@ def test_any_value_of_a_header(name: str, value: bytes) -> None:
 )
 def test_any_path(path: str, prefix: str, method: str) -> None:
     assert status_of(method, prefix + path, [], b"") < 500
+
+
+@pytest.mark.parametrize("name", ["sesion", "a" * 1000])
+def test_an_unknown_part_of_an_extension_is_named(name: str) -> None:
+    response = send("/v1/chat/completions", dump({**chat("hi"), "gradatim": {name: "trip"}}))
+    check(response)
+    assert response.status_code == 400 and response.json()["error"]["param"].startswith("gradatim.")

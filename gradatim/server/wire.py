@@ -163,6 +163,8 @@ def invalid(error: ValidationError, status: int) -> ApiError:
     name = str(first["loc"][0]) if first["loc"] else None
     position = "".join(f"[{part}]" for part in first["loc"][1:2] if isinstance(part, int))
     param = f"{name}{position}" if name else None
+    if first["type"] == "extra_forbidden":  # the whole way to it: the name is all that is wrong
+        param = ".".join(map(str, first["loc"]))
     code = "missing_required_parameter" if first["type"] == "missing" else None
     return ApiError(status, f"{param or 'body'}: {first['msg']}", param=param, code=code)
 
