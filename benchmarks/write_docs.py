@@ -77,6 +77,19 @@ def beside_learning(result: Mapping[str, Any]) -> str:
     )
 
 
+def forgetting(result: Mapping[str, Any]) -> str:
+    """What earlier skills keep at the default learning rate, as one point of a list."""
+    at = "lr 0.00025: "
+    found = {g["goal"].removeprefix(at): g["value"] for g in result["goals"] if g["goal"].startswith(at)}
+    naive, ours = (found[f"backward transfer loss, {arm}"] for arm in ("naive", "default"))
+    return (
+        f"- Taught four skills in turn ({result['details']['seeds']} seeds), each earlier one keeps at least "
+        f"{found['least share of an earlier skill kept, default']:.2f} of its chance of a right answer; the mean change "
+        f"is {-ours:+.2f}, with naive fine-tuning {-naive:+.2f}. At three times the default learning rate it keeps less "
+        "([benchmarks](docs/benchmarks.md#bench_forgetting))."
+    )
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -100,6 +113,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     page = between(readme.read_text(), "session", f"```text\n{(harness.RESULTS / 'demo_session.txt').read_text()}```")
     page = between(page, "seeds", seeds(last("bench_demo")))
+    page = between(page, "forgetting", forgetting(last("bench_forgetting")))
     readme.write_text(between(page, "beside", beside_learning(last("bench_updates"))))
 
 
