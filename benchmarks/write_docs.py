@@ -83,8 +83,8 @@ def forgetting(result: Mapping[str, Any]) -> str:
     least = [found[f"lr {lr}: least share of an earlier skill kept, default"] for lr in ("0.00025", "0.00075")]
     changes = [-found[f"lr 0.00025: backward transfer loss, {arm}"] for arm in ("default", "naive")]
     return (
-        f"- Taught four skills in turn ({result['details']['seeds']} seeds, the learner alone), each earlier one "
-        f"keeps at least {least[0]:.2f} of its chance of a right answer; their mean change is {changes[0]:+.2f}, with naive "
+        f"- Taught four skills in turn ({result['details']['seeds']} seeds, the learner alone), each earlier one keeps "
+        f"at least {least[0]:.2f} of its chance of a right answer; their mean change is {changes[0]:+.2f}, with naive "
         f"fine-tuning {changes[1]:+.2f}. At three times the default learning rate the least is {least[1]:.2f}."
     )
 
