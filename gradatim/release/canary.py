@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from gradatim.config import Config
 from gradatim.protocols import Store
-from gradatim.release.gates import offline_pairs, orphaned
+from gradatim.release.gates import offline_pairs, orphaned, ruling
 from gradatim.release.trial import Trial
 from gradatim.release.units import CLASSES, Units, Usual, class_of
 from gradatim.types import Adapter, Decision, Feedback, Move, Stage, Step, Verdict
@@ -136,12 +136,4 @@ class CanaryGate:
     def _verdict(
         self, candidate: Adapter, live: Adapter, decision: Decision, reason: str, evidence: dict[str, float]
     ) -> Verdict:
-        return Verdict(
-            adapter_id=candidate.id,
-            created_at=self._clock(),
-            gate=self.name,
-            decision=decision,
-            against=(live.id,),
-            evidence=evidence,
-            reason=reason,
-        )
+        return ruling(self.name, candidate, live, self._clock(), decision, reason, evidence)

@@ -25,6 +25,21 @@ from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdic
 log = logging.getLogger(__name__)
 
 
+def ruling(
+    gate: str, candidate: Adapter, live: Adapter, at: float, decision: Decision, reason: str, evidence: dict[str, float]
+) -> Verdict:
+    """The verdict of a gate that compares two adapters in traffic."""
+    return Verdict(
+        adapter_id=candidate.id,
+        created_at=at,
+        gate=gate,
+        decision=decision,
+        against=(live.id,),
+        evidence=evidence,
+        reason=reason,
+    )
+
+
 def orphaned(candidate: Adapter, live: Adapter) -> str:
     """Why a candidate of another adapter than the live one cannot go on."""
     return f"its parent {candidate.parent_id} is no longer live ({live.id} is)"

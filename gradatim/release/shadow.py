@@ -17,7 +17,7 @@ from gradatim.config import Config
 from gradatim.errors import AdapterError
 from gradatim.protocols import Shelf, Store
 from gradatim.release.comparison import GUARDS, Comparison, guards, is_malformed_call
-from gradatim.release.gates import offline_pairs, orphaned
+from gradatim.release.gates import offline_pairs, orphaned, ruling
 from gradatim.release.prompts import Prompts
 from gradatim.release.units import Usual
 from gradatim.types import Adapter, Decision, Episode, Feedback, Move, ShadowPair, Stage, Step, Verdict
@@ -161,15 +161,7 @@ class ShadowGate:
     def _verdict(
         self, candidate: Adapter, live: Adapter, decision: Decision, reason: str, evidence: dict[str, float]
     ) -> Verdict:
-        return Verdict(
-            adapter_id=candidate.id,
-            created_at=self._clock(),
-            gate=self.name,
-            decision=decision,
-            against=(live.id,),
-            evidence=evidence,
-            reason=reason,
-        )
+        return ruling(self.name, candidate, live, self._clock(), decision, reason, evidence)
 
 
 def as_answered(step: Step, adapter: Adapter, **answer: object) -> Step:

@@ -17,6 +17,7 @@ import numpy as np
 
 from gradatim.config import Config, ReleaseConfig
 from gradatim.protocols import Store
+from gradatim.release.gates import ruling
 from gradatim.release.units import CLASSES, Scored, Served, Units, Usual, is_broken, rewards_of
 from gradatim.stats.contrast import Contrast
 from gradatim.stats.detector import Detector
@@ -157,15 +158,7 @@ class WatchGate:
             "alarms": float(watch.alarms),
             "world": float(watch.world),
         }
-        return Verdict(
-            adapter_id=candidate.id,
-            created_at=self._clock(),
-            gate=self.name,
-            decision=decision,
-            against=(live.id,),
-            evidence=evidence,
-            reason=reason,
-        )
+        return ruling(self.name, candidate, live, self._clock(), decision, reason, evidence)
 
     def _followed(self, adapter: Adapter, last_good: Adapter) -> Watch:
         position = next((p for p, m in self._store.newest(Move, adapter_id=adapter.id) if m.after is Stage.LIVE), 0)
