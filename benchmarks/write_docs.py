@@ -78,14 +78,18 @@ def beside_learning(result: Mapping[str, Any]) -> str:
 
 
 def forgetting(result: Mapping[str, Any]) -> str:
-    """What earlier skills keep at the default learning rate, as one point of a list."""
+    """What earlier skills keep at the default learning rate and at three times of it, as one point of a list."""
     found = {g["goal"]: g["value"] for g in result["goals"]}
-    least = [found[f"lr {lr}: least share of an earlier skill kept, default"] for lr in ("0.00025", "0.00075")]
+    least = [
+        found[f"lr {lr}: least share of an earlier skill kept, {arm}"]
+        for lr, arm in (("0.00025", "default"), ("0.00075", "default"), ("0.00075", "gated"))
+    ]
     changes = [-found[f"lr 0.00025: backward transfer loss, {arm}"] for arm in ("default", "naive")]
     return (
         f"- Taught four skills in turn ({result['details']['seeds']} seeds, the learner alone), each earlier one keeps "
         f"at least {least[0]:.2f} of its chance of a right answer; their mean change is {changes[0]:+.2f}, with naive "
-        f"fine-tuning {changes[1]:+.2f}. At three times the default learning rate the least is {least[1]:.2f}."
+        f"fine-tuning {changes[1]:+.2f}. At three times the default learning rate the least is {least[1]:.2f}, and "
+        f"{least[2]:.2f} with the gate between."
     )
 
 
