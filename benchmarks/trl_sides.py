@@ -76,7 +76,10 @@ class _Trl:
 
 
 class TrlDpo(_Trl):
-    def __init__(self, base: Base, folder: Path, *, checkpointing: bool = False) -> None:
+    """``at_once``: pairs in one of its passes; it accumulates the gradients of several."""
+
+    def __init__(self, base: Base, folder: Path, *, checkpointing: bool = False, at_once: int = MICRO) -> None:
+        self._at_once = at_once
         rows = [{"prompt": "a", "chosen": " b", "rejected": " c"}]
         own: Mapping[str, Any] = {"output_dir": str(folder), "beta": BETA, "gradient_checkpointing": checkpointing}
         super().__init__(base, DPOTrainer, DPOConfig, rows, **own)
@@ -84,8 +87,8 @@ class TrlDpo(_Trl):
     def reference(self, pairs: Sequence[Pair]) -> list[Tensor]:
         """Log-probabilities (2,) of each pair under the bare base."""
         out = []
-        for start in range(0, len(pairs), MICRO):
-            batch = self._collate(pairs[start : start + MICRO], None)
+        for start in range(0, len(pairs), self._at_once):
+            batch = self._collate(pairs[start : start + self._at_once], None)
             chosen, rejected = self._trainer.compute_ref_log_probs(self._trainer.model, batch)
             out += list(torch.stack([chosen, rejected], 1))
         return out
@@ -105,9 +108,9 @@ class TrlDpo(_Trl):
         """The default computes the reference in the step; with ``reference`` it is the cached one."""
         self._trainer.precompute_ref_logps = reference is not None
         batches = []
-        for start in range(0, len(pairs), MICRO):
-            mine = None if reference is None else reference[start : start + MICRO]
-            batches.append(self._collate(pairs[start : start + MICRO], mine))
+        for start in range(0, len(pairs), self._at_once):
+            mine = None if reference is None else reference[start : start + self._at_once]
+            batches.append(self._collate(pairs[start : start + self._at_once], mine))
         return self._accumulate(batches)
 
     def step(self, pairs: Sequence[Pair], reference: Sequence[Tensor] | None = None) -> float:
