@@ -63,6 +63,7 @@ class RewardConfig:
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9  # and how sure of that it must be
     source_cap: int = 200  # opinions of one rater, the newest, that reliabilities are learned from
     hidden: bool = False  # the model's own states over an answer are one more source; a pass over each judged answer
+    silence_s: Annotated[float, Field(ge=0.0)] = 0.0  # one that nobody spoke of for so long is judged by it; 0: never
 
 
 CreditMethod = Literal["fork", "anchor", "decomposition", "gae", "implicit"]

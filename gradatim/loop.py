@@ -18,6 +18,7 @@ from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
 from gradatim.errors import DamagedAdapterError, StoreError
 from gradatim.opinions import on_own_steps, without_held_out
 from gradatim.protocols import CreditAssigner, ExampleBuilder, Gate, Learner, Replay, RewardModel, Store
+from gradatim.silence import SILENT, Silence
 from gradatim.types import (
     APPROVAL,
     ON_THE_WAY,
@@ -66,6 +67,10 @@ class Waiting:
     passed_over: int
 
 
+def _is_unknown(judgement: Sequence[Record]) -> bool:
+    return any(isinstance(r, Reward) and r.value is None for r in judgement)
+
+
 @dataclass(slots=True, kw_only=True)
 class Loop:
     """``gates``: what an adapter in a stage must pass, in order, to move to that stage's entry in ``path``."""
@@ -108,7 +113,7 @@ class Loop:
 
     def judge(self, *, flush: bool = False) -> bool:
         """Every episode that feedback touched gets a reward (or an abstention), credit and examples, in one write."""
-        worked = False
+        worked = self._judge_silent() if self.rewards.silence_s else False
         while cases := self.store.cases(after=self.store.cursor(JUDGED)):
             for case in cases:
                 if not (flush or self._settled(case)):
@@ -116,6 +121,16 @@ class Loop:
                 self.store.append(*self._judgement(case), cursors={JUDGED: case.position})
                 worked = True
         return worked
+
+    def _judge_silent(self) -> bool:
+        """Some of the episodes that nobody said anything of. Of those that cannot be judged nothing is recorded."""
+        before = self.store.cursor(SILENT)
+        cases, at = Silence(self.store, self.rewards.silence_s, self.clock).look(self.store.cursor(JUDGED))
+        judged = (self._judgement(case) for case in cases)
+        known = [r for records in judged for r in records if not _is_unknown(records)]
+        if at != before:
+            self.store.append(*known, cursors={SILENT: at})
+        return bool(known)
 
     def _settled(self, case: Case) -> bool:
         """It has an outcome, or its newest feedback has been the last for a while."""

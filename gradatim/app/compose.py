@@ -220,6 +220,8 @@ def _hidden(config: Config, store: SqlStore, base: Base | None) -> Hidden | None
     from gradatim.store import SqlShelf
 
     if not config.reward.hidden:
+        if config.reward.silence_s:
+            raise ConfigError("reward.silence_s: only the model's own states judge in silence: set reward.hidden")
         return None
     if base is None:
         return Hidden(SqlShelf(store.engines), None)

@@ -21,7 +21,7 @@ from gradatim.app.home import Home
 from gradatim.app.memory import open_admin
 from gradatim.config import Config
 from gradatim.errors import ConfigError, InUseError, UnknownAdapterError
-from gradatim.reward import queue
+from gradatim.reward import in_turns, queue, unheard
 from gradatim.server import build_app
 from gradatim.store import SqlStore
 from gradatim.store import audit as chain
@@ -79,8 +79,9 @@ def audit_queue(config: Config, limit: int) -> list[dict[str, Any]]:
     with _existing(config) as store:
         judge, _ = compose.build_judges(config, store, read_only=True)
         judge.follow(store.end())
+        silent = unheard(store, limit) if config.reward.silence_s else []
         rows = []
-        for wanted in queue(judge, limit):
+        for wanted in in_turns(queue(judge, limit), silent)[:limit]:
             last = store.newest(Step, episode_id=wanted.episode_id)
             rows.append(
                 {

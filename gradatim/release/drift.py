@@ -140,9 +140,10 @@ class Drift:
     # ------------------------------------------------------------------------------------------- judgements
 
     def _judge(self, position: int, reward: Reward) -> list[Verdict]:
-        judged = self._store.read(Reward, episode_id=reward.episode_id, limit=1)
+        """The first that went by what was said of the episode."""
+        told = (at for at, r in self._store.read(Reward, episode_id=reward.episode_id) if r.feedback_ids)
         first = self._first(reward.episode_id)
-        if first is None or judged[0][0] != position or first[1].stage == "pinned":
+        if first is None or next(told, None) != position or first[1].stage == "pinned":
             return []
         said: dict[str, Feedback] = {}
         for at, feedback in self._store.read(Feedback, episode_id=reward.episode_id):

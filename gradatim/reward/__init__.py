@@ -7,7 +7,7 @@ learn the sources' reliabilities from, and to say how often it is wrong.
 from gradatim.reward.abstain import FAULT
 from gradatim.reward.audited import FITTED, AuditedReward
 from gradatim.reward.hidden import Hidden
-from gradatim.reward.queue import Wanted, queue
+from gradatim.reward.queue import Wanted, in_turns, queue, unheard
 from gradatim.reward.weighted import WeightedReward
 
-__all__ = ["FAULT", "FITTED", "AuditedReward", "Hidden", "Wanted", "WeightedReward", "queue"]
+__all__ = ["FAULT", "FITTED", "AuditedReward", "Hidden", "Wanted", "WeightedReward", "in_turns", "queue", "unheard"]

@@ -60,6 +60,7 @@ class AuditedReward:
         self._hidden = hidden
         self._fit: _Fit | None = None
         self._fitted_at = 0
+        self._tried = 0  # labels there were when a first fit was last tried
 
     # ------------------------------------------------------------------------------------------ judging
 
@@ -128,11 +129,22 @@ class AuditedReward:
         self._ledger.advance(position)
         if self._read_only or not self._is_due():
             return
-        if self._fit is None and not is_enough(self._ledger.rows(), self._config):
+        if self._fit is None and not self._can_be_fitted():
             return
         self._refit()
         self._fitted_at = self._ledger.cursor
         self._store.append(cursors={FITTED: self._fitted_at})
+
+    def _can_be_fitted(self) -> bool:
+        """Where nobody else spoke of the audited episodes, the states over their answers may."""
+        rows = self._ledger.rows()
+        if is_enough(rows, self._config) or self._hidden is None:
+            return is_enough(rows, self._config)
+        if self._ledger.labels < self._tried * _MORE_LABELS:
+            return False
+        self._tried = self._ledger.labels
+        self._hidden.fit(rows, self._ledger.cursor)
+        return is_enough(self._hidden.heard(rows, self._ledger.cursor), self._config)
 
     def _take_up(self) -> None:
         """The fit that the cursor names, as another process made it, or this one before it was killed."""

@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 
+from gradatim.protocols import Store
 from gradatim.reward.audited import AuditedReward
 from gradatim.reward.calibrate import is_held_out
 from gradatim.reward.evidence import Judged
-from gradatim.types import EpisodeId
+from gradatim.types import EpisodeId, Feedback, Step
+
+RECENT_STEPS = 1000  # among which episodes without feedback are looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,20 @@ def queue(model: AuditedReward, limit: int) -> list[Wanted]:
     held = sorted((r for r in open_rows if is_held_out(r.episode_id)), key=lambda row: _shuffled(row.episode_id))
     unsure = [Wanted(r.episode_id, good[r.episode_id], "its sources are unsure, or seldom audited") for r in fitted]
     anyone = [Wanted(r.episode_id, good[r.episode_id], "drawn at random, to measure the risk") for r in held]
-    turns = chain.from_iterable(zip_longest(unsure, anyone))
-    return [wanted for wanted in turns if wanted is not None][:limit]
+    return in_turns(unsure, anyone)[:limit]
+
+
+def unheard(store: Store, limit: int) -> list[Wanted]:
+    """Recent episodes that nobody said anything of, in no order: what the model's states alone tell of such ones can
+    only be learned from labels on them."""
+    recent = {step.episode_id for _, step in store.newest(Step, limit=RECENT_STEPS)}
+    silent = [e for e in sorted(recent, key=_shuffled) if not store.newest(Feedback, episode_id=e)]
+    return [Wanted(e, 0.5, "drawn at random of those that nobody spoke of") for e in silent[:limit]]
+
+
+def in_turns(*lists: Sequence[Wanted]) -> list[Wanted]:
+    """One of each, and again."""
+    return [wanted for wanted in chain.from_iterable(zip_longest(*lists)) if wanted is not None]
 
 
 def _probabilities(model: AuditedReward, rows: Sequence[Judged]) -> list[float]:
