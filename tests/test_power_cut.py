@@ -15,24 +15,13 @@ import sqlalchemy
 
 pytest.importorskip("apsw")
 
-from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
-from gradatim.credit import OutcomeCredit
-from gradatim.examples import ExampleBuilder
-from gradatim.learner.learner import LoraLearner
-from gradatim.loop import Loop
 from gradatim.nn.base import Base
-from gradatim.nn.lora import read_adapter
-from gradatim.release.traffic import rollback
-from gradatim.reward import WeightedReward
-from gradatim.store import SqlStore, audit, connections, open_store
-from gradatim.types import Adapter, AdapterId, Decision, Feedback, Stage, Step, StepId
+from gradatim.store import connections, open_store
+from gradatim.types import Feedback
 
+from .busy import begin, check_records, lives, loop_on, not_kept, one_round
 from .power_cut import Disk, Driver
-from .records import adapter, feedback, step
-from .test_examples import Letters
-from .test_flow import FixedGate, NoReplay
-
-LEARNING = LearnerConfig(rank=2, min_examples=1, epochs=1, max_length=64, habit_limit=0.0, length_limit=0.0)
+from .records import feedback
 
 
 @dataclass
@@ -83,68 +72,35 @@ def plain_sqlite(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(connections, "create_engine", sqlalchemy.create_engine)
 
 
-def loop_on(store: SqlStore, base: Base, root: Path) -> Loop:
-    return Loop(
-        name="agent",
-        store=store,
-        reward_model=WeightedReward(RewardConfig()),
-        credit=OutcomeCredit(RewardConfig()),
-        examples=ExampleBuilder(store, Letters(), retain_every=0),
-        replay=NoReplay(),
-        learner=LoraLearner(base, LEARNING, root, "agent"),
-        gates={Stage.CANDIDATE: [FixedGate(Decision.PASS)]},
-        config=LoopConfig(settle_s=0.0),
-        learning=LEARNING,
-    )
-
-
-def lives(store: SqlStore) -> list[AdapterId]:
-    return list(store.stages("agent", Stage.LIVE))
-
-
 def work(witness: Witness, base: Base, rounds: int) -> None:
     """Ingest, train, publish, promote, and roll back every other time."""
     root = witness.disk.root
+
+    def tell(what: str, which: str) -> None:
+        if what != "now":
+            (witness.acknowledged if what == "said" else witness.live).append(which)
+
     with witness.disk.followed(), open_store(root / "gradatim.db") as store:
-        store.append(adapter(0, base_sha256=base.sha256, sha256=base.sha256))
+        begin(store, base)
         witness.live.append("agent@0")
         loop = loop_on(store, base, root)
         for n in range(rounds):
-            for i in range(4):
-                name = f"{n}-{i}"
-                store.append(step(f"s{name}", f"e{name}", prompt_ids=(3, 4, n, i), completion_ids=(20 + i, 0)))
-                store.append(feedback("outcome", f"e{name}", id=f"f{name}", value=1.0))
-                witness.acknowledged.append(name)
-            while loop.turn(flush=True):
-                pass
-            witness.live.append(*lives(store))
-            if n % 2:
-                rollback(store, "agent", actor="person", reason="test")
-                witness.live.append(*lives(store))
+            one_round(store, loop, n, tell)
 
 
 def check(folder: Path, acknowledged: list[str], told: list[str], all_told: list[str]) -> int:
     """How many adapters were registered; asserts all that must hold after the lights are on again."""
     with open_store(folder / "gradatim.db") as store:
-        lost = [
-            n for n in acknowledged if not store.read(Feedback, id=f"f{n}") or store.step(id=StepId(f"s{n}")) is None
-        ]
+        lost = not_kept(store, acknowledged)
         assert not lost, f"lost although acknowledged: {lost}"
-        assert all(s.completion_ids for _, s in store.read(Step))
-        made = [a for _, a in store.read(Adapter)]
-        live = lives(store)
+        made, live = check_records(store, folder), lives(store)
         if told or made:
             assert len(live) == 1
         if told:  # what was last told, or what was under way then
             assert live[0] in (told[-1], *all_told[len(told) :])
-        for one in made:
-            if one.step:
-                read_adapter(folder / one.path, one.sha256)
-        with store.engines.read.begin() as connection:
-            assert audit.check(connection).problems == ()
         store.append(feedback("score", id="after", value=1.0))
         assert store.read(Feedback, id="after")
-    return len(made)
+    return made
 
 
 @pytest.mark.timeout(1200)
