@@ -198,6 +198,7 @@ class Trial:
         self._step = 0
         self._tried: set[str] = set()
         self._refused: list[Example] = []  # for the first time
+        store.append(base)
 
     def lots(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         """What is taught of a skill, update by update."""
