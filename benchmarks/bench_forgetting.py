@@ -53,7 +53,7 @@ from gradatim.release.gates import ReplayGate
 from gradatim.release.harm import chance
 from gradatim.store import open_store
 from gradatim.testing.records import an_adapter
-from gradatim.types import Adapter, Decision, EpisodeId, Example, StepId, Update
+from gradatim.types import Adapter, Decision, EpisodeId, Example, Move, Stage, StepId, Update, Verdict
 
 SKILLS: tuple[str, ...] = ("enter-text", "click-button", "login-user", "enter-password")
 ARMS = ("naive", "replay", "ewc", "kl", "default", "gated", "repeated")
@@ -220,6 +220,7 @@ class Trial:
         while made is not None and self._gated:
             self._store.append(update, made)
             verdict = self._gate.check(made, self.live, self._base)
+            self._move(made, verdict)
             if verdict.decision is Decision.PASS:
                 break
             if verdict.decision is Decision.REPAIR and update.scale > SMALLEST_STEP:
@@ -232,6 +233,14 @@ class Trial:
             self._refused += [e for e in new if e.id not in self._tried]
         self._tried |= {e.id for e in new}
         return update, made is not None
+
+    def _move(self, made: Adapter, verdict: Verdict) -> None:
+        """As the loop does it: one candidate at a time, one live adapter."""
+        passed = verdict.decision is Decision.PASS
+        off = [(self.live.id, Stage.LIVE, Stage.RETIRED)] if passed else []
+        ways = [*off, (made.id, Stage.CANDIDATE, Stage.LIVE if passed else Stage.REJECTED)]
+        moves = [Move(adapter_id=i, created_at=0.0, before=b, after=a, actor="bench") for i, b, a in ways]
+        self._store.move(*moves, verdicts=[verdict])
 
     def _next(self) -> int:
         self._step += 1

@@ -139,7 +139,8 @@ def test_an_earlier_adapter_that_comes_back_ends_the_question(fresh: Callable[[]
     assert [v.decision for v in run(store, config)] == [Decision.WAIT]
     store.append(step("back", "back", adapter_id=OLD, stage="live", created_at=901.0))
     said = feedback("outcome", "back", value=1.0, source="critic:tests", created_at=902.0)
-    store.append(said, Reward(episode_id=EpisodeId("back"), created_at=902.0, value=1.0, confidence=1.0))
+    told = Reward(episode_id=EpisodeId("back"), created_at=902.0, value=1.0, confidence=1.0, feedback_ids=(said.id,))
+    store.append(said, told)
     found = run(store, config)
     assert "came back" in found[-1].reason and found[-1].adapter_id == OLD
 
