@@ -17,8 +17,8 @@ gradient steps with as many of them in each.
 
 ``kept`` is a skill's score at the end over its score right after it was taught (of skills that were taught to at
 least MASTERED); backward transfer loss is the mean of what earlier skills have lost at the end. Judged
-are default and gated; of the others all but naive run at the middle learning rate only, unless ``--all``. Finished
-cells are kept in ``--results`` and not run again.
+are default and gated. Naive and default run at every learning rate, gated at the highest one, the others at the middle
+one, unless ``--all``. Finished cells are kept in ``--results`` and not run again.
 """
 
 from __future__ import annotations
@@ -349,8 +349,7 @@ def run(args: argparse.Namespace, subject: Bench, results: Path) -> dict[tuple[s
     cells = {}
     for seed in range(args.seeds):
         for lr in args.rates:
-            middle = args.all or lr == sorted(args.rates)[len(args.rates) // 2]
-            for arm in (a for a in args.arms if middle or a in ("naive", *JUDGED)):
+            for arm in (a for a in args.arms if args.all or lr in wanted(a, args.rates)):
                 kept_in = results / f"{arm}-{lr:.3g}-{seed}.json"
                 if not kept_in.exists():
                     with tempfile.TemporaryDirectory() as folder:
@@ -360,6 +359,13 @@ def run(args: argparse.Namespace, subject: Bench, results: Path) -> dict[tuple[s
                     print(f"{arm:8} lr {lr:.2g} seed {seed}: {line} ({done['cpu_s']:.0f} s)", flush=True)
                 cells[arm, lr, seed] = json.loads(kept_in.read_text())
     return cells
+
+
+def wanted(arm: str, rates: Sequence[float]) -> Sequence[float]:
+    """The learning rates at which an arm says something that the others do not."""
+    if arm in ("naive", "default"):
+        return rates
+    return [max(rates)] if arm == "gated" else [sorted(rates)[len(rates) // 2]]
 
 
 def _shown(score: Mapping[str, float]) -> str:
