@@ -156,7 +156,7 @@ def test_files_that_cannot_be_used_are_left_aside(
         fill(kept, "alice", name)
     kept.write()
     assert store(tmp_path, clock, tokenizer="another").stats()["sessions"] == 0
-    assert "tokenizer t, and these are b and another" in caplog.text
+    assert "made with another tokenizer: t, and the one that is served is another" in caplog.text
     files = sorted(tmp_path.glob("*/*"))
     whole = files[0].read_bytes()
     files[0].write_bytes(whole[:-5] + bytes(5))  # its header is sound

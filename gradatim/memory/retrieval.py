@@ -100,7 +100,7 @@ class Retrieval:
         recollection.place(key)
         assert recollection.key is not None
         near = self._memory.near(
-            recollection.tenant, recollection.space.id, recollection.key, self._config.retrieval_cosine
+            recollection.tenant, recollection.space, recollection.key, self._config.retrieval_cosine
         ).near
         found = await asyncio.to_thread(self._choose, near)
         if not found:

@@ -1,7 +1,8 @@
 """Where the stores of a token memory lie between two runs of a server: one folder a tenant, one in it a key space.
 
 What lies there is derived. A folder that is gone costs a new reading of that tenant's answers, so whatever is to be
-forgotten takes the whole folder with it. It knows no keys; it is at hand where memory is off, too.
+forgotten takes the whole folder with it. It knows no keys, only what they were made with; it is at hand where memory is
+off, too.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from pathlib import Path
+
+from gradatim.errors import StoreError
+from gradatim.memory import token_file
+from gradatim.memory.key_space import difference
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +45,16 @@ class TokenFolders:
             pass
         except OSError as e:
             log.error("the token memory of a tenant cannot be removed, with %s in it: %s", entry_id, e)
+
+    def foreign(self, ours: Mapping[str, str]) -> list[str]:
+        """What lies there and cannot be used, and why: made with something else than ``ours``, or damaged."""
+        out = []
+        for path in sorted(self._folder.glob("*/*")):
+            try:
+                out.append(difference(str(path), token_file.about(path), ours))
+            except StoreError as e:
+                out.append(str(e))
+        return [said for said in out if said]
 
     def _of(self, tenant: str) -> Path:
         return self._folder / hashlib.sha256(tenant.encode()).hexdigest()[:32]
