@@ -162,6 +162,31 @@ def test_up_to_half_of_a_rehearsal_is_of_those_and_never_what_may_not_be_drawn()
         assert drawn[:2] == ["e5", "e6"] and len(set(drawn)) == 4 and "x" not in drawn
 
 
+async def test_what_is_retired_is_shown_no_more_and_keeps_others_out_of_the_prompt(
+    tiny_model_dir: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "LEDGER_S", 0.05)
+    monkeypatch.setattr("gradatim.memory.consolidate.SURE", 0.0)
+    config = settings(tiny_model_dir, tmp_path, retrieval=True, retrieval_cosine=-1.0)
+    async with product(tiny_base, config) as served:
+        own = await served.ask(return_token_ids=True)
+        await served.say(response_id=own["id"], kind="score", value=1)
+        other = await served.ask("and then?")
+        await served.say(response_id=other["id"], kind="correction", correction="left")
+        end = time.monotonic() + 20 * SETTLE_S
+        while served.remembering.kept.stats()["keys"] < 2 and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        shown = await served.ask(return_token_ids=True)
+        assert [e["entry"] for e in shown["gradatim"]["memory"]["retrieved"]] == [f"{own['id']}+", f"{other['id']}+"]
+        assert (await asyncio.to_thread(consolidation, config))["retired"] == 1
+        while not served.remembering.kept.stats()["retired"] and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        known = await served.ask(return_token_ids=True)
+        assert known["prompt_token_ids"] == own["prompt_token_ids"] and text(known) == text(own)
+        elsewhere = await served.ask("and then?")
+        assert [e["entry"] for e in elsewhere["gradatim"]["memory"]["retrieved"]] == [f"{other['id']}+"]
+
+
 async def test_by_hand_beside_a_server_that_follows(
     tiny_model_dir: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,8 +38,8 @@ class Remembered:
     def check(self) -> Mapping[str, Any]:
         """And of the sessions on disk: what they were read with."""
         found = self.judged.check()
-        sessions = [] if self.folder is None else self.folder.foreign(self.judged.made_with)
-        return {**found, "ok": found["ok"] and not sessions, "foreign": [*found["foreign"], *sessions]}
+        sessions = [] if self.folder is None else self.folder.unusable(self.judged.made_with)
+        return {**found, "ok": found["ok"] and not sessions, "unusable": [*found["unusable"], *sessions]}
 
     def compact(self) -> Mapping[str, Any]:
         return self.judged.compact()

@@ -324,12 +324,12 @@ class DecisionMemory:
         """Compare what answers are made with to the shelf: entries one by one, the checksum of every key, and what the
         keys there and on disk were made with."""
         with self._writing:
-            foreign = upkeep.foreign_spaces(self._shelf, self._spaces.base)
+            unusable = upkeep.foreign_spaces(self._shelf, self._spaces.base)
             if self._folders is not None:
                 ours = self.made_with if self._tokens is None else self._tokens.space.made_with
-                foreign += self._folders.foreign(ours)
+                unusable += self._folders.unusable(ours)
             stray = [] if self._tokens is None else self._tokens.stray(self._all.told())
-            return upkeep.check(self._shelf, self._all, stray_tokens=stray, foreign=foreign)
+            return upkeep.check(self._shelf, self._all, stray_tokens=stray, unusable=unusable)
 
     def compact(self) -> dict[str, Any]:
         """Delete what nothing is answered with any more: keys of spaces that no request comes in, and what is left of

@@ -83,7 +83,7 @@ class SessionFolder:
                 continue
             yield found
 
-    def foreign(self, ours: Mapping[str, str]) -> list[str]:
+    def unusable(self, ours: Mapping[str, str]) -> list[str]:
         """What was read with another model than ``ours``, and with which."""
         said = [
             difference(str(path), made_with(about.base_sha256, about.tokenizer_sha256), ours)

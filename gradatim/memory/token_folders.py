@@ -46,7 +46,7 @@ class TokenFolders:
         except OSError as e:
             log.error("the token memory of a tenant cannot be removed, with %s in it: %s", entry_id, e)
 
-    def foreign(self, ours: Mapping[str, str]) -> list[str]:
+    def unusable(self, ours: Mapping[str, str]) -> list[str]:
         """What lies there and cannot be used, and why: made with something else than ``ours``, or damaged."""
         out = []
         for path in sorted(self._folder.glob("*/*")):

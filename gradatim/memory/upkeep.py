@@ -42,8 +42,8 @@ def read_into(contents: Contents, shelf: Shelf) -> Contents:
     return contents
 
 
-def check(shelf: Shelf, contents: Contents, *, stray_tokens: Sequence[str], foreign: Sequence[str]) -> dict[str, Any]:
-    """Entries one by one, and the checksum of every key. ``foreign``: what was found to be made with something else
+def check(shelf: Shelf, contents: Contents, *, stray_tokens: Sequence[str], unusable: Sequence[str]) -> dict[str, Any]:
+    """Entries one by one, and the checksum of every key. ``unusable``: what was found to be made with something else
     than is served."""
     entries = {e.id: e for e in shelf.load(MemoryEntry)}
     keys = shelf.load(MemoryKey)
@@ -54,7 +54,7 @@ def check(shelf: Shelf, contents: Contents, *, stray_tokens: Sequence[str], fore
         "differing": sorted(i for i in entries.keys() & here.keys() if entries[i] != here[i]),
         "damaged_keys": sorted(k.step_id for k in keys if read(k) is None),
         "stray_tokens": list(stray_tokens),
-        "foreign": list(foreign),
+        "unusable": list(unusable),
     }
     return {"ok": not any(problems.values()), "entries": len(entries), "keys": len(keys), **problems}
 
