@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from gradatim.credit import OutcomeCredit
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.follow import Follower
+from gradatim.memory.key_index import KeyIndex
 from gradatim.memory.key_space import KeySpace, Turn, from_bytes, key_of, to_bytes
 from gradatim.memory.recall import Recall, actions_of
 from gradatim.memory.steering import Action, Steering
@@ -342,6 +344,28 @@ def test_a_damaged_key_is_counted_and_can_be_made_anew(store: SqlStore) -> None:
     again.put_key(StepId("x"), space, key_of(state(1)))
     assert bias(again, 1) == bias(opened(store), 1) != {}
     assert again.check()["ok"]
+
+
+def test_many_keys_are_sealed_and_gone_ones_give_back_their_room(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradatim.memory.contents.KeyIndex", partial(KeyIndex, hot_rows=64))
+    monkeypatch.setattr("gradatim.memory.key_index._WORTH_COMPACTING", 8)
+    memory = opened(store)
+    for n in range(70):
+        learn(memory, entry(f"s{n}", (n,)), n)
+    before = bias(memory, 5), bias(memory, 69)
+    memory.maintain()
+    ((at, index),) = memory._all.indexes.items()
+    assert index.sealed == 70
+    assert (bias(memory, 5), bias(memory, 69)) == before
+    for n in range(40):
+        memory.forget("episode", f"ep-s{n}", actor="test")
+    assert 5 not in bias(memory, 5)
+    left = bias(memory, 69)
+    memory.maintain()
+    assert memory._all.indexes[at] is not index and memory._all.indexes[at].rows == 30
+    assert bias(memory, 69) == left and memory.check()["ok"]
 
 
 def test_a_write_that_fails_changes_nothing(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,16 @@ def test_files_that_cannot_be_used_are_left_aside(
     assert again.forget("all", "") == 1 or not list(tmp_path.glob("*/*"))
 
 
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path, clock: Callable[[], float]) -> None:
+    kept = store(tmp_path, clock)
+    fill(kept, "alice", "a")
+    kept.write()
+    (whole,) = tmp_path.glob("*/*")
+    whole.with_name(f".{whole.name}-1").write_bytes(b"half")
+    assert store(tmp_path, clock).stats()["sessions"] == 1
+    assert list(tmp_path.glob("*/*")) == [whole]
+
+
 def test_a_disk_that_refuses_costs_the_file_and_nothing_else(
     tmp_path: Path, clock: Callable[[], float], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,24 @@ async def _filled(memories: Memories) -> None:
     memories.tokens.write()
 
 
+def test_what_a_killed_process_had_forgotten_and_not_removed_is_gone_at_the_next_start(
+    memories: Memories, tmp_path: Path
+) -> None:
+    asyncio.run(_filled(memories))
+    path = memories.folders.path("", space().id)
+    half = path / ".tokens.safetensors-1"
+    half.write_bytes(b"half")
+    memories.close()
+    again = Memories(tmp_path)
+    assert path.exists() and not half.exists()
+    again.memory._all.tokens = None  # killed when the store had it
+    again.memory.forget("entry", "s1+", actor="test")
+    again.close()
+    assert path.exists()
+    memories.__init__(tmp_path)  # type: ignore[misc]  # it is closed by its fixture
+    assert not path.exists()
+
+
 async def test_after_a_restart_it_is_taken_from_disk_and_what_changed_is_read_anew(
     memories: Memories, tmp_path: Path
 ) -> None:

@@ -84,6 +84,8 @@ class DecisionMemory:
         self._all.tokens = tokens or folders
         self._tokens, self._folders = tokens, folders
         upkeep.read_into(self._all, shelf)
+        if folders is not None:
+            folders.prune(self._all.entries.keys())
 
     # ---------------------------------------------------------------------------------------------- reading
 

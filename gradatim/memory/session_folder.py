@@ -83,6 +83,11 @@ class SessionFolder:
                 continue
             yield found
 
+    def tidy(self) -> None:
+        """Remove what a process that was killed left half written. StoreError."""
+        for path in self._folder.glob("*/.*"):
+            self.remove(path)
+
     def unusable(self, ours: Mapping[str, str]) -> list[str]:
         """What was read with another model than ``ours``, and with which."""
         said = [

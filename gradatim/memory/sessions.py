@@ -250,6 +250,7 @@ class SessionStore:
                 self._remove(held)
 
     def _load(self) -> None:
+        self._folder.tidy()
         for path, about, weights in self._folder.all():
             theirs = made_with(about.base_sha256, about.tokenizer_sha256)
             if said := difference(str(path), theirs, made_with(self._base, self._tokenizer)):

@@ -89,12 +89,14 @@ def read(folder: Path, space: KeySpace[EachToken]) -> tuple[Snapshot, str]:
     return Snapshot(space, arrays["keys"], arrays["tokens"], sources, segments), fault
 
 
-def about(folder: Path) -> Mapping[str, str]:
-    """What a written one was made with, which is looked at no further. StoreError where it is damaged or absent."""
+def about(folder: Path) -> tuple[Mapping[str, str], frozenset[str]]:
+    """What a written one was made with, and its sources; it is looked at no further. StoreError where it is damaged or
+    absent."""
     path = folder / TRUTH_FILE
     try:
         with safe_open(path, framework="numpy") as file:
-            return made_with(*_space(file.metadata() or {})[:3])
+            header = file.metadata() or {}
+        return made_with(*_space(header)[:3]), frozenset(json.loads(header["sources"]))
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
 

@@ -39,22 +39,46 @@ class TokenFolders:
 
     def drop(self, tenant: str, entry_id: str) -> None:
         """Nothing of that entry is kept when this returns, nor of the tenant's others. A fault is logged."""
-        try:
-            shutil.rmtree(self._of(tenant))
-        except FileNotFoundError:
-            pass
-        except OSError as e:
-            log.error("the token memory of a tenant cannot be removed, with %s in it: %s", entry_id, e)
+        _remove(self._of(tenant), f"with {entry_id} in it")
+
+    def prune(self, remembered: Set[str]) -> None:
+        """Drop every tenant of whom something lies there that is no entry of these, or cannot be read: a process that
+        was killed had forgotten it, and not removed it here. So with what it left half written."""
+        for folder in self._folder.glob("*"):
+            for path in folder.glob("*/.*"):
+                _remove(path)
+            if not all(_holds_only(remembered, path) for path in folder.glob("*")):
+                _remove(folder)
 
     def unusable(self, ours: Mapping[str, str]) -> list[str]:
         """What lies there and cannot be used, and why: made with something else than ``ours``, or damaged."""
         out = []
         for path in sorted(self._folder.glob("*/*")):
             try:
-                out.append(difference(str(path), token_file.about(path), ours))
+                out.append(difference(str(path), token_file.about(path)[0], ours))
             except StoreError as e:
                 out.append(str(e))
         return [said for said in out if said]
 
     def _of(self, tenant: str) -> Path:
         return self._folder / hashlib.sha256(tenant.encode()).hexdigest()[:32]
+
+
+def _holds_only(remembered: Set[str], path: Path) -> bool:
+    try:
+        return token_file.about(path)[1] <= remembered
+    except StoreError as e:
+        log.warning("a token memory is made anew: %s", e)
+        return False
+
+
+def _remove(path: Path, what: str = "that was forgotten") -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        pass
+    except OSError as e:
+        log.error("%s, a part of the token memory %s, cannot be removed: %s", path, what, e)

@@ -30,7 +30,7 @@ from gradatim.types import MemoryEntry
 
 log = logging.getLogger(__name__)
 _WRITE_EVERY_S = 30.0
-_HOT_ROWS = 4096  # searched exactly, at a millisecond; those before them through the index
+HOT_ROWS = 4096  # searched exactly, at a millisecond; those before them through the index
 Key = tuple[str, str]  # tenant and space
 
 
@@ -59,8 +59,10 @@ class TokenMemory:
         vocabulary: int,
         max_tokens: int,
         folders: TokenFolders | None = None,
+        hot_rows: int = HOT_ROWS,
     ) -> None:
         self.space, self.vocabulary = space, vocabulary
+        self._hot_rows = hot_rows
         self._knn, self._max_tokens, self._folders = knn, max_tokens, folders
         self._lock = threading.Lock()  # of the stores' table; never held while anything is searched or built
         self._held: dict[Key, _Held] = {}
@@ -152,7 +154,7 @@ class TokenMemory:
         """``states`` (T, H) that the tokens of the entry come after. MemoryKeyError: nothing has changed."""
         with self._lock:
             key = (entry.tenant, space.id)
-            held = self._held.get(key) or _Held(TokenStore(self._own(space), self.vocabulary, hot_rows=_HOT_ROWS))
+            held = self._held.get(key) or _Held(TokenStore(self._own(space), self.vocabulary, hot_rows=self._hot_rows))
             held.store.revise(entry.id, states, torch.tensor(entry.tokens))
             held.entries[entry.id] = entry.tokens
             held.unwritten = True
@@ -242,7 +244,7 @@ class TokenMemory:
                 if not path.exists():
                     continue
                 try:
-                    store = TokenStore.load(path, own, self.vocabulary, hot_rows=_HOT_ROWS)
+                    store = TokenStore.load(path, own, self.vocabulary, hot_rows=self._hot_rows)
                 except StoreError as e:
                     log.warning("a token memory is made anew: %s", e)
                     continue
