@@ -218,7 +218,7 @@ def _check(where: str, folder: Path, book: Book, run: int, done: int) -> Book:
         assert {k.step_id for k in keys} == {e.step_id for e in found.entries.values()}
         on_disk = {source for path in folder.glob(f"*/*/{TRUTH_FILE}") for source in _sources(path)}
         assert on_disk <= found.entries.keys(), "what was forgotten lies on disk"
-        assert not list(folder.glob("*/*/.*"))
+        assert not list(folder.glob("*/*/.*")) and not list(folder.glob(".*"))
         tell(memory)  # takes over what lies on disk, and adds what that lacks
         told = {e.id: e for e in memory._all.told()}
         held = {i: (h.store, said) for h in tokens._held.values() for i, said in h.store.said().items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
+import uuid
 from collections.abc import Mapping, Set
 from pathlib import Path
 
@@ -39,7 +40,16 @@ class TokenFolders:
 
     def drop(self, tenant: str, entry_id: str) -> None:
         """Nothing of that entry is kept when this returns, nor of the tenant's others. A fault is logged."""
-        _remove(self._of(tenant), f"with {entry_id} in it")
+        folder = self._of(tenant)
+        gone = folder.with_name(f".{uuid.uuid4().hex}")  # at once: it may be written to meanwhile
+        try:
+            folder.rename(gone)
+        except FileNotFoundError:
+            return
+        except OSError as e:
+            log.error("the token memory of a tenant cannot be removed, with %s in it: %s", entry_id, e)
+            return
+        _remove(gone)
 
     def prune(self, remembered: Set[str]) -> None:
         """Drop every tenant of whom something lies there that is no entry of these, or cannot be read: a process that
@@ -47,15 +57,15 @@ class TokenFolders:
         for folder in self._folder.glob("*"):
             for path in folder.glob("*/.*"):
                 _remove(path)
-            if not all(_holds_only(remembered, path) for path in folder.glob("*")):
+            if folder.name.startswith(".") or not all(_holds_only(remembered, path) for path in folder.glob("*")):
                 _remove(folder)
 
     def unusable(self, ours: Mapping[str, str]) -> list[str]:
         """What lies there and cannot be used, and why: made with something else than ``ours``, or damaged."""
         out = []
-        for path in sorted(self._folder.glob("*/*")):
+        for file in sorted(self._folder.glob(f"*/*/{token_file.TRUTH_FILE}")):
             try:
-                out.append(difference(str(path), token_file.about(path)[0], ours))
+                out.append(difference(str(file.parent), token_file.about(file.parent)[0], ours))
             except StoreError as e:
                 out.append(str(e))
         return [said for said in out if said]
@@ -72,7 +82,7 @@ def _holds_only(remembered: Set[str], path: Path) -> bool:
         return False
 
 
-def _remove(path: Path, what: str = "that was forgotten") -> None:
+def _remove(path: Path) -> None:
     try:
         if path.is_dir():
             shutil.rmtree(path)
@@ -81,4 +91,4 @@ def _remove(path: Path, what: str = "that was forgotten") -> None:
     except FileNotFoundError:
         pass
     except OSError as e:
-        log.error("%s, a part of the token memory %s, cannot be removed: %s", path, what, e)
+        log.error("%s, with what was forgotten, cannot be removed: %s", path, e)
