@@ -19,8 +19,8 @@ test: $(STAMP)  ## the fast tests
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
 
-kills: $(STAMP)  ## kill -9 a thousand times, some hours (ARGS="--kills 10": fewer)
-	$(THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_kill.py -m slow -s --timeout 86400 --kills 1000 $(ARGS)
+kills: $(STAMP)  ## kill -9 a thousand times, memory two thousand, some hours (ARGS="--kills 10": fewer)
+	$(THREADS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_kill.py tests/test_memory_kill.py -m slow -s --timeout 86400 --kills 1000 $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, layers
 	$(BIN)/ruff format --check .

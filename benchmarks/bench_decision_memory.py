@@ -33,6 +33,7 @@ from convention import INSTRUCTION, TEAMS, Ticket, changed, convention, tickets
 
 from gradatim.config import MemoryConfig
 from gradatim.memory.decisions import DecisionMemory
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.recall import Recall
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.render import Renderer
@@ -131,9 +132,7 @@ class Arm:
 
 def run(arm: Arm, world: Sequence[Situation], names: Sequence[tuple[int, ...]], seed: int, n: int) -> dict[str, float]:
     rng = random.Random(f"{seed}/{arm}")
-    memory = DecisionMemory(
-        NoShelf(), MemoryConfig(decisions=True), base_sha256="base", tokenizer_sha256="tokens", layers=(15,)
-    )
+    memory = DecisionMemory(NoShelf(), MemoryConfig(decisions=True), KeySpace("base", "tokens", (15,), Turn()))
     right = convention(seed)
     seen, held = [s for s in world if not s.ticket.held_out], [s for s in world if s.ticket.held_out]
     won: list[bool] = []

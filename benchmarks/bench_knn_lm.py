@@ -32,11 +32,12 @@ import texts
 import torch
 from torch import Tensor
 
-from gradatim.memory.key_space import KeySpace, key_space, late_layer
+from gradatim.memory.key_space import EachToken, KeySpace, late_layer, standardised_by
 from gradatim.memory.knn_gate import Cases, Gate, recalled, train_gate
 from gradatim.memory.knn_lm import NEIGHBOURS, KnnLm
 from gradatim.memory.token_store import TokenStore
 from gradatim.nn.base import Base, load_base
+from gradatim.nn.render import Renderer
 from gradatim.nn.states import states, states_and_logprobs
 
 WINDOW = 512
@@ -116,12 +117,12 @@ def prepare(domain: Domain, reader: Reader, sizes: Sizes) -> None:
         setattr(domain, part, windows(documents))
 
 
-def remember(domain: Domain, reader: Reader, space: KeySpace) -> None:
-    domain.store = TokenStore(space)
+def remember(domain: Domain, reader: Reader, space: KeySpace[EachToken]) -> None:
+    domain.store = TokenStore(space, reader.base.model.config.vocab_size)
     for number, window in enumerate(domain.store_windows):
         domain.store.add(f"window-{number}", *reader.states(window))
-    if domain.store.ready_to_seal:
-        domain.store.seal()
+    if domain.store.index.full:
+        domain.store.index.seal()
 
 
 def trained(domains: Sequence[Domain], reader: Reader) -> tuple[Gate, dict[str, Gate], dict[str, float]]:
@@ -344,7 +345,7 @@ def run(reader: Reader, sizes: Sizes) -> tuple[list[harness.Goal], dict[str, Any
     general = windows(texts.take(*texts.named(texts.descriptions()), 2 * sizes.general, reader.encode))
     half = len(general) // 2
     calibration = torch.cat([reader.states(w)[0] for w in general[:half]])
-    space = key_space(base.sha256, reader.layer, base.model.config.vocab_size, calibration)
+    space = KeySpace(base.sha256, Renderer(base).digest(), (reader.layer,), standardised_by(calibration.numpy()))
     for domain in domains:
         prepare(domain, reader, sizes)
         remember(domain, reader, space)

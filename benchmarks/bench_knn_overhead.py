@@ -26,10 +26,11 @@ import torch
 from gradatim.app import compose
 from gradatim.app.memory import build_memory
 from gradatim.config import Config, EngineConfig, MemoryConfig
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.tokens import TokenMemory
 from gradatim.nn.base import Base
 from gradatim.store import SqlStore
-from gradatim.types import AdapterId, Delta, EpisodeId, MemoryEntry, MemorySpace, Request, Sampling, StepId
+from gradatim.types import AdapterId, Delta, EpisodeId, MemoryEntry, Request, Sampling, StepId
 
 SIZES = (0, 10_000, 100_000)
 PROMPTS = (
@@ -45,11 +46,12 @@ PROMPTS = (
 AGENT = AdapterId("agent@0")
 
 
-def fill(tokens: TokenMemory, space: MemorySpace, entries: int) -> None:
+def fill(tokens: TokenMemory, space: KeySpace[Turn], entries: int) -> None:
     """Clusters of like states, as of texts that resemble each other; in the space of standardised states."""
     generator = torch.Generator().manual_seed(0)
-    width, vocabulary = tokens.space.width, tokens.space.vocabulary
-    mean, scale = (torch.from_numpy(x) for x in (tokens.space.mean, tokens.space.scale))
+    pooling, vocabulary = tokens.space.pooling, tokens.vocabulary
+    width = pooling.width
+    mean, scale = (torch.from_numpy(x) for x in (pooling.mean, pooling.scale))
     centres = torch.randn(512, width, generator=generator)
     for start in range(0, entries, 10_000):
         count = min(10_000, entries - start)

@@ -25,7 +25,7 @@ from bench_knn_lm import Domain, Reader, joined, prepare, said, windows
 from bench_knn_lm import Sizes as Parts
 from torch import Tensor
 
-from gradatim.memory.key_space import KeySpace
+from gradatim.memory.key_space import EachToken, KeySpace
 from gradatim.memory.knn_gate import Cases, Gate, near_gate, train_gate
 from gradatim.memory.knn_lm import LEAST_LAMBDA, SMALL_STORE, SMALL_STORE_CAP, KnnLm
 from gradatim.memory.public_space import public_space
@@ -62,7 +62,7 @@ Table = Mapping[tuple[str, str, int], Seen]  # by text, memory and size
 
 
 def stores_of(
-    domains: Sequence[Domain], reader: Reader, space: KeySpace, most: int
+    domains: Sequence[Domain], reader: Reader, space: KeySpace[EachToken], most: int
 ) -> dict[tuple[str, int], TokenStore]:
     """Of each kind: the first 1/384, 1/24, 1/4 and all of its text."""
     out: dict[tuple[str, int], TokenStore] = {}
@@ -70,7 +70,7 @@ def stores_of(
         read = [reader.states(w) for w in domain.store_windows]
         hidden, tokens = (torch.cat(x) for x in zip(*read, strict=True))
         for size in (most // 384, most // 24, most // 4, most):
-            out[domain.name, size] = store = TokenStore(space)
+            out[domain.name, size] = store = TokenStore(space, reader.base.model.config.vocab_size)
             store.add("text", hidden[:size], tokens[:size])
     return out
 
@@ -131,7 +131,7 @@ def main() -> None:
     harness.report("bench_token_gate", goals, details, args)
 
 
-def run(reader: Reader, space: KeySpace, sizes: Parts) -> tuple[list[harness.Goal], dict[str, Any], Gate]:
+def run(reader: Reader, space: KeySpace[EachToken], sizes: Parts) -> tuple[list[harness.Goal], dict[str, Any], Gate]:
     domains = [
         Domain("Python documentation", texts.python_documentation()),
         Domain("command examples", texts.command_examples()),

@@ -24,7 +24,7 @@ settings.load_profile("busy")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=100, help="of the slow test that kills the server (tests/test_kill.py)"
+        "--kills", type=int, default=100, help="of the slow test that kills the server; twice as many of the memory's"
     )
 
 

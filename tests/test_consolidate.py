@@ -18,7 +18,7 @@ from gradatim.learner.replay import StoreReplay
 from gradatim.memory import follow
 from gradatim.memory.consolidate import Consolidation, supplied, undo
 from gradatim.memory.decisions import DecisionMemory
-from gradatim.memory.spaces import key_of
+from gradatim.memory.key_space import KeySpace, Turn, key_of
 from gradatim.nn.base import Base
 from gradatim.store import SqlShelf, SqlStore, open_store
 from gradatim.testing.fakes import FakeStore
@@ -78,14 +78,14 @@ def remember(
 
 
 def opened(store: SqlStore) -> DecisionMemory:
-    return DecisionMemory(SqlShelf(store.engines), CONFIG, base_sha256="b", tokenizer_sha256="t", layers=(1,))
+    return DecisionMemory(SqlShelf(store.engines), CONFIG, KeySpace("b", "t", (1,), Turn()))
 
 
 def near(memory: DecisionMemory, step: int, at: int = 0) -> set[str]:
     space = memory.expect(AdapterId(f"agent@{step}"), records.adapter(step, step - 1).sha256)
     own = memory.expect(AdapterId("agent@1"), records.adapter(1, 0).sha256)
-    memory.bridge(space.id, own.id if space != own else None)
-    return {e.id for e, _ in memory.near("", space.id, key_of(ALONG[at]), 0.5).near}
+    memory.bridge(space.id, own.id if space.id != own.id else None)
+    return {e.id for e, _ in memory.near("", space, key_of(ALONG[at]), 0.5).near}
 
 
 def test_what_is_known_with_its_paraphrases_is_retired_under_these_weights_alone(store: SqlStore) -> None:
@@ -160,6 +160,31 @@ def test_up_to_half_of_a_rehearsal_is_of_those_and_never_what_may_not_be_drawn()
     for seed in range(5):
         drawn = [e.id for e in StoreReplay(store, "agent", seed, first=lambda: first).draw(4)]
         assert drawn[:2] == ["e5", "e6"] and len(set(drawn)) == 4 and "x" not in drawn
+
+
+async def test_what_is_retired_is_shown_no_more_and_keeps_others_out_of_the_prompt(
+    tiny_model_dir: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "LEDGER_S", 0.05)
+    monkeypatch.setattr("gradatim.memory.consolidate.SURE", 0.0)
+    config = settings(tiny_model_dir, tmp_path, retrieval=True, retrieval_cosine=-1.0)
+    async with product(tiny_base, config) as served:
+        own = await served.ask(return_token_ids=True)
+        await served.say(response_id=own["id"], kind="score", value=1)
+        other = await served.ask("and then?")
+        await served.say(response_id=other["id"], kind="correction", correction="left")
+        end = time.monotonic() + 20 * SETTLE_S
+        while served.remembering.kept.stats()["keys"] < 2 and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        shown = await served.ask(return_token_ids=True)
+        assert [e["entry"] for e in shown["gradatim"]["memory"]["retrieved"]] == [f"{own['id']}+", f"{other['id']}+"]
+        assert (await asyncio.to_thread(consolidation, config))["retired"] == 1
+        while not served.remembering.kept.stats()["retired"] and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        known = await served.ask(return_token_ids=True)
+        assert known["prompt_token_ids"] == own["prompt_token_ids"] and text(known) == text(own)
+        elsewhere = await served.ask("and then?")
+        assert [e["entry"] for e in elsewhere["gradatim"]["memory"]["retrieved"]] == [f"{other['id']}+"]
 
 
 async def test_by_hand_beside_a_server_that_follows(

@@ -1,4 +1,5 @@
-"""``kill -9`` of server and loop while a client goes on, and rolls back: nothing that was acknowledged is lost.
+"""``kill -9`` of server and loop while a client goes on, rolls back and has things forgotten: nothing that was
+acknowledged is lost, and nothing that was forgotten comes back.
 
 ``--kills 1000`` makes as many in the slow test (``make kills``).
 """
@@ -21,8 +22,11 @@ import pytest
 
 from gradatim.app.home import Home
 from gradatim.app.launch import Launched, launch
+from gradatim.app.memory import open_admin
+from gradatim.config import Config
+from gradatim.memory.decisions import CURSOR
 from gradatim.nn.lora import read_adapter
-from gradatim.store import audit, open_store
+from gradatim.store import SqlStore, audit, open_store
 from gradatim.types import Adapter, Feedback, Stage, StepId, Update
 
 READY_WITHIN_S = 240.0  # a few seconds on a machine of its own; on one that others load, the nice loop starves
@@ -34,6 +38,10 @@ max_wait_s = 0.5
 max_length = 128
 [loop]
 settle_s = 0.0
+[memory]
+decisions = true
+tokens = true
+harm = 1000000
 """
 
 
@@ -44,6 +52,7 @@ class Client:
     url: str = ""
     responses: list[str] = field(default_factory=list)
     feedback: list[str] = field(default_factory=list)
+    forgotten: list[str] = field(default_factory=list)  # episodes
     refused: list[int] = field(default_factory=list)
     rolled_back: int = 0
     ready_s: list[float] = field(default_factory=list)  # from each start to the first answer that it is ready
@@ -70,8 +79,15 @@ class Client:
             sent = http.post("/v1/feedback", json={**said, "source": "human:tester", "id": f"fb-{turn}-{response_id}"})
             if self._accepted(sent):
                 self.feedback.append(sent.json()["id"])
+            if turn % 5 == 0:
+                self._forget(http, answer.json()["gradatim"]["episode_id"])
             if turn % 16 == 0:
                 self._roll_back(http)
+
+    def _forget(self, http: httpx.Client, episode_id: str) -> None:
+        body = {"scope": "episode", "value": episode_id}
+        if self._accepted(http.post("/v1/memory/forget", json=body)):
+            self.forgotten.append(episode_id)
 
     def _roll_back(self, http: httpx.Client) -> None:
         """The live adapter, where there is one; it may be gone by then."""
@@ -171,7 +187,21 @@ def _check(data_dir: Path, client: Client) -> None:
                 read_adapter(data_dir / adapter.path, adapter.sha256)
         with store.engines.read.begin() as connection:
             assert audit.check(connection).problems == ()
+        _check_memory(store, data_dir, client)
     assert all(status in (429, 503) for status in client.refused), client.refused
+
+
+def _check_memory(store: SqlStore, data_dir: Path, client: Client) -> None:
+    """Every correction up to where feedback was followed is remembered, and nothing that was forgotten."""
+    memory = open_admin(Config(data_dir=data_dir), store).judged
+    assert memory.check()["ok"]
+    rows = {row["id"]: row for row in memory.show(limit=1_000_000)}
+    assert rows and not {row["episode_id"] for row in rows.values()} & set(client.forgotten)
+    for _, said in store.read(Feedback, limit=1_000_000):
+        (position, newest), *_ = store.newest(Feedback, id=said.id)
+        step = store.step(id=said.step_id)
+        if position <= store.cursor(CURSOR) and step is not None and step.episode_id not in client.forgotten:
+            assert f"{newest.step_id}+" in rows, "a correction that was followed is not remembered"
 
 
 @pytest.mark.timeout(1200)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,9 +20,9 @@ from gradatim.credit import OutcomeCredit
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.follow import Follower
-from gradatim.memory.index import FlatIndex
+from gradatim.memory.key_index import KeyIndex
+from gradatim.memory.key_space import KeySpace, Turn, from_bytes, key_of, to_bytes
 from gradatim.memory.recall import Recall, actions_of
-from gradatim.memory.spaces import from_bytes, key_of, to_bytes
 from gradatim.memory.steering import Action, Steering
 from gradatim.protocols import Store, Tokenizer
 from gradatim.reward import WeightedReward
@@ -72,7 +73,7 @@ def opened(
     store: SqlStore, config: MemoryConfig = CONFIG, *, base: str = "base", tokenizer: str = "tokens"
 ) -> DecisionMemory:
     shelf = SqlShelf(store.engines)
-    return DecisionMemory(shelf, config, base_sha256=base, tokenizer_sha256=tokenizer, layers=(1,))
+    return DecisionMemory(shelf, config, KeySpace(base, tokenizer, (1,), Turn()))
 
 
 def learn(memory: DecisionMemory, made: MemoryEntry, seed: int, **fields: Any) -> None:
@@ -172,32 +173,6 @@ def test_what_is_no_vector_of_numbers_is_no_key(bad: Floats) -> None:
         key_of(bad)
 
 
-_OPERATIONS = st.lists(
-    st.tuples(st.sampled_from(["add", "add", "remove"]), st.integers(0, 12), st.integers(0, 40)), max_size=60
-)
-
-
-@given(_OPERATIONS)
-@settings(deadline=None)
-def test_the_index_finds_what_a_float64_scan_finds(operations: list[tuple[str, int, int]]) -> None:
-    index, naive = FlatIndex(WIDTH), dict[str, Floats]()
-    for what, name, seed in operations:
-        if what == "add":
-            naive[str(name)] = key_of(state(seed))
-            index.add(str(name), naive[str(name)])
-        else:
-            naive.pop(str(name), None)
-            index.remove(str(name))
-    query = key_of(state(99))
-    want = {i: float(k.astype(np.float64) @ query.astype(np.float64)) for i, k in naive.items()}
-    got = dict(index.search(query, -1.0))
-    assert len(index) == len(naive)
-    assert got.keys() == want.keys()
-    assert all(got[i] == pytest.approx(want[i], abs=1e-5) for i in want)
-    with pytest.raises(MemoryKeyError):
-        index.add("other", np.ones(WIDTH + 1, dtype=np.float32))
-
-
 # ----------------------------------------------------------------------------------------- writing, forgetting
 
 _CHANGES = st.lists(
@@ -240,7 +215,7 @@ def test_added_revised_retracted_and_forgotten_in_any_order_is_as_if_written_onc
             assert now.stats()["entries"] == len(left)
             query = key_of(state(3))
             wide = replace(CONFIG, width=5.0)  # all of them count
-            found = now.near("", now.recollect("", BASE, "base").space.id, query, -1.0).near
+            found = now.near("", now.recollect("", BASE, "base").space, query, -1.0).near
             got = {a.tokens[0]: a.evidence for a in actions_of(found, wide)}
             sure = SURE
             want = dict.fromkeys(range(3), 0.0)
@@ -283,7 +258,7 @@ def test_forgetting_acts_by_the_next_token_and_for_good(store: SqlStore, scope: 
     made = entry("x", user="u", tenant="t", sources=("human:u",))
     other = entry("y", user="v", tenant="t2", sources=("human:v",))
     learn(memory, other, 2)
-    memory._recent[made.step_id] = memory.recollect("", BASE, "base").space.id, key_of(state(1))
+    memory._spaces.wait([made.step_id], memory.recollect("", BASE, "base").space.id, key_of(state(1)))
     memory.write(made.episode_id, [made])
     recall = Recall(memory, CONFIG, "t", memory.recollect("", BASE, "base").space)
     recall.situate(state(1))
@@ -365,10 +340,32 @@ def test_a_damaged_key_is_counted_and_can_be_made_anew(store: SqlStore) -> None:
     assert again.stats()["damaged"] == 1
     assert not again.check()["ok"]
     assert bias(again, 1) == {}
-    assert again.unkeyed(9) == [("x", space, BASE)]
+    assert [(step, lacking.id, lacking.adapter_id) for step, lacking in again.unkeyed(9)] == [("x", space, BASE)]
     again.put_key(StepId("x"), space, key_of(state(1)))
     assert bias(again, 1) == bias(opened(store), 1) != {}
     assert again.check()["ok"]
+
+
+def test_many_keys_are_sealed_and_gone_ones_give_back_their_room(
+    store: SqlStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradatim.memory.contents.KeyIndex", partial(KeyIndex, hot_rows=64))
+    monkeypatch.setattr("gradatim.memory.key_index._WORTH_COMPACTING", 8)
+    memory = opened(store)
+    for n in range(70):
+        learn(memory, entry(f"s{n}", (n,)), n)
+    before = bias(memory, 5), bias(memory, 69)
+    memory.maintain()
+    ((at, index),) = memory._all.indexes.items()
+    assert index.sealed == 70
+    assert (bias(memory, 5), bias(memory, 69)) == before
+    for n in range(40):
+        memory.forget("episode", f"ep-s{n}", actor="test")
+    assert 5 not in bias(memory, 5)
+    left = bias(memory, 69)
+    memory.maintain()
+    assert memory._all.indexes[at] is not index and memory._all.indexes[at].rows == 30
+    assert bias(memory, 69) == left and memory.check()["ok"]
 
 
 def test_a_write_that_fails_changes_nothing(store: SqlStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -481,8 +478,8 @@ async def test_after_a_promotion_old_keys_stand_in_where_steps_find_themselves_a
         tokenizer=cast(Tokenizer, None),  # nothing is corrected
         place=place,
     )
-    memory._wanted.clear()
-    new = memory.recollect("", AdapterId("agent@1"), "another").space.id
+    memory._spaces._wanted.clear()
+    new = memory.recollect("", AdapterId("agent@1"), "another").space
     assert await follower.turn()  # keys of 8 of them
     assert len(memory.unkeyed(99)) == 4
     lacking = memory.unkeyed(99)[0][0]
@@ -491,7 +488,7 @@ async def test_after_a_promotion_old_keys_stand_in_where_steps_find_themselves_a
     while await follower.turn():
         pass
     assert memory.unkeyed(99) == []
-    keys = [k for k in SqlShelf(store.engines).load(MemoryKey) if k.space == new]
+    keys = [k for k in SqlShelf(store.engines).load(MemoryKey) if k.space == new.id]
     assert len(keys) == 12
-    assert memory._bridges == {}
+    assert memory._spaces._bridges == {}
     assert opened(store).stats()["keys"] == 24

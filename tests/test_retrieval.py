@@ -55,6 +55,23 @@ def test_of_one_situation_the_newest_correction_wins_and_nothing_that_was_spoken
     assert choose(near, {}, MemoryConfig(), 0.0) == []  # whose text cannot be shown
 
 
+def test_what_the_weights_know_is_not_shown_and_nothing_takes_its_place() -> None:
+    config = MemoryConfig(half_life_s=DAY_S)
+    asked = {StepId("a"): "where to?", StepId("b"): "where to?", StepId("c"): "and then?", StepId("d"): "why?"}
+    old, new = an_entry("a", (1,), 1.0, 1), an_entry("b", (2,), 1.0, 2)
+    nearer, farther = an_entry("c", (3,), 1.0, 3), an_entry("d", (4,), 1.0, 4)
+
+    def shown(near: list[tuple[MemoryEntry, float]], known: list[tuple[MemoryEntry, float]], now: float = 0.0) -> Any:
+        return [f.entry for f in choose(near, asked, config, now, known=known)]
+
+    assert shown([(old, 0.9)], [(new, 0.9)]) == []  # the older answer was put right
+    assert shown([(new, 0.9)], [(old, 0.9)]) == [new]  # the known one was
+    assert shown([(nearer, 0.95), (farther, 0.8)], [(new, 0.9)]) == [nearer]
+    assert shown([(farther, 0.8)], [(new, 0.9)], now=9 * DAY_S) == []  # what is known does not age
+    wrong = an_entry("b", (5,), -1.0, 2)
+    assert shown([(farther, 0.8)], [(wrong, 0.9)]) == [farther]  # of a known answer only the bad one before it is near
+
+
 def test_near_worthy_and_young_ones_come_first() -> None:
     config = MemoryConfig(half_life_s=DAY_S)
     asked = {StepId(s): s for s in "abc"}

@@ -156,7 +156,7 @@ def test_files_that_cannot_be_used_are_left_aside(
         fill(kept, "alice", name)
     kept.write()
     assert store(tmp_path, clock, tokenizer="another").stats()["sessions"] == 0
-    assert "tokenizer t, and these are b and another" in caplog.text
+    assert "made with another tokenizer: t, and the one that is served is another" in caplog.text
     files = sorted(tmp_path.glob("*/*"))
     whole = files[0].read_bytes()
     files[0].write_bytes(whole[:-5] + bytes(5))  # its header is sound
@@ -168,6 +168,16 @@ def test_files_that_cannot_be_used_are_left_aside(
             again.open("alice", name, "w", episode_id=EPISODE, must_exist=True)
     assert known(again, "alice", "a") is None and known(again, "alice", "b") is None
     assert again.forget("all", "") == 1 or not list(tmp_path.glob("*/*"))
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path, clock: Callable[[], float]) -> None:
+    kept = store(tmp_path, clock)
+    fill(kept, "alice", "a")
+    kept.write()
+    (whole,) = tmp_path.glob("*/*")
+    whole.with_name(f".{whole.name}-1").write_bytes(b"half")
+    assert store(tmp_path, clock).stats()["sessions"] == 1
+    assert list(tmp_path.glob("*/*")) == [whole]
 
 
 def test_a_disk_that_refuses_costs_the_file_and_nothing_else(

@@ -56,10 +56,10 @@ def model_says(base: Base, step: Step, tokens: Sequence[int]) -> tuple[NDArray[n
 def reference(base: Base, data: Path, good: Step, step: Step) -> tuple[list[float], list[float], NDArray[np.float64]]:
     """Log-probabilities of the tokens of ``step`` under the model, and with the tokens of ``good`` mixed in: equations
     2 and 3 of arXiv:1911.00172 and the gate, written down in float64. And the second ones of all tokens, (T, V)."""
-    space = public_space(base, LAYER, data / "memory")
+    pooling = public_space(base, LAYER, data / "memory").pooling
 
     def keys(states: NDArray[np.float32]) -> NDArray[np.float64]:
-        x = (states.astype(np.float64) - space.mean) / space.scale
+        x = (states.astype(np.float64) - pooling.mean) / pooling.scale
         return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
     states, _ = model_says(base, good, good.completion_ids)

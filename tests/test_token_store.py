@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
-from gradatim.memory.key_space import KeySpace, late_layer
+from gradatim.memory.key_space import EachToken, KeySpace, late_layer
 from gradatim.memory.knn_lm import KnnLm
 from gradatim.memory.token_file import INDEX_FILE, TRUTH_FILE
 from gradatim.memory.token_store import TokenStore
-from tests.token_memory import VOCABULARY, WIDTH, drawn, filled, model_says, open_gate, space, words
+from tests.token_memory import VOCABULARY, WIDTH, drawn, filled, model_says, open_gate, space, store_of, words
 
 # ----------------------------------------------------------------------------------------------- the store
 
@@ -33,7 +33,7 @@ CHANGES = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(CHANGES)
 def test_any_order_of_changes_equals_a_store_that_never_held_the_rest(changes: list[tuple[str, int, int]]) -> None:
-    store, held = TokenStore(space(), hot_rows=10), dict[str, list[tuple[Tensor, Tensor, int]]]()
+    store, held = store_of(10), dict[str, list[tuple[Tensor, Tensor, int]]]()
     for at, (what, name, count) in enumerate(changes):
         source, hidden, tokens = f"s{name}", drawn(count, WIDTH, seed=at), words(count, at)
         if what == "add":
@@ -45,8 +45,8 @@ def test_any_order_of_changes_equals_a_store_that_never_held_the_rest(changes: l
         elif what == "forget":
             assert store.forget(source) == sum(len(t) for _, t, _ in held.pop(source, []))
         else:
-            store.seal()
-    fresh = TokenStore(space())
+            store.index.seal()
+    fresh = store_of()
     for _, source, hidden, tokens in sorted(
         ((at, s, h, t) for s, blocks in held.items() for h, t, at in blocks), key=lambda x: x[0]
     ):
@@ -80,14 +80,6 @@ def test_what_makes_no_sense_is_refused_and_revising_with_it_keeps_the_old(
     assert len(store) == 5 and store.sources == {"episode-0"}
 
 
-def test_rows_name_their_source_until_it_is_forgotten() -> None:
-    store = filled(5, seed=0)
-    store.add("other", drawn(2, WIDTH, seed=9), words(2, 9))
-    assert [store.source_of(r) for r in (0, 4, 5, 6, 7)] == ["episode-0", "episode-0", "other", "other", None]
-    store.forget("other")
-    assert store.source_of(5) is None
-
-
 def test_the_layer_is_the_measured_one() -> None:
     assert late_layer(30) == 28 and late_layer(2) == 2 and late_layer(1) == 1
 
@@ -105,7 +97,7 @@ def same_answers(a: TokenStore, b: TokenStore) -> None:
 def busy_store() -> TokenStore:
     """Sealed, hot and removed rows."""
     store = filled(30, hot_rows=20)
-    store.seal()
+    store.index.seal()
     store.add("two", drawn(9, WIDTH, seed=1), words(9, 1))
     store.add("two", drawn(3, WIDTH, seed=2), words(3, 2))
     store.add("three", drawn(4, WIDTH, seed=3), words(4, 3))
@@ -117,7 +109,7 @@ def busy_store() -> TokenStore:
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     store = busy_store()
     store.save(tmp_path)
-    loaded = TokenStore.load(tmp_path, space(), hot_rows=20)
+    loaded = TokenStore.load(tmp_path, space(), VOCABULARY, hot_rows=20)
     same_answers(loaded, store)
     loaded.add("after", drawn(2, WIDTH, seed=8), words(2, 8))
     store.add("after", drawn(2, WIDTH, seed=8), words(2, 8))
@@ -125,20 +117,21 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_an_empty_store_comes_back(tmp_path: Path) -> None:
-    TokenStore(space()).save(tmp_path)
-    assert len(TokenStore.load(tmp_path, space())) == 0
+    store_of().save(tmp_path)
+    loaded = TokenStore.load(tmp_path, space(), VOCABULARY)
+    assert len(loaded) == 0 and (loaded.search(drawn(1, WIDTH, seed=1), 3).rows == -1).all()
 
 
 @pytest.mark.parametrize(
     "other",
-    [space(base="b" * 64), space(layer=4), space(vocabulary=VOCABULARY + 1)],
+    [space(base="b" * 64), space(layer=4), space(tokenizer="u" * 64)],
     ids=["base", "layer", "tokenizer"],
 )
-def test_a_memory_of_another_model_is_refused_with_both_digests(tmp_path: Path, other: KeySpace) -> None:
+def test_a_memory_of_another_model_is_refused_with_both_digests(tmp_path: Path, other: KeySpace[EachToken]) -> None:
     filled().save(tmp_path)
     with pytest.raises(ForeignMemoryError) as refused:
-        TokenStore.load(tmp_path, other)
-    assert space().digest[:12] in str(refused.value) and other.digest[:12] in str(refused.value)
+        TokenStore.load(tmp_path, other, VOCABULARY)
+    assert space().id[:12] in str(refused.value) and other.id[:12] in str(refused.value)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "flipped", "foreign"])
@@ -156,7 +149,7 @@ def test_an_unsound_index_is_built_again(tmp_path: Path, damage: str, caplog: py
     else:
         filled(25, seed=9, hot_rows=20).compacted().save(tmp_path / "other")
         path.write_bytes((tmp_path / "other" / INDEX_FILE).read_bytes())
-    same_answers(TokenStore.load(tmp_path, space(), hot_rows=20), store)
+    same_answers(TokenStore.load(tmp_path, space(), VOCABULARY, hot_rows=20), store)
     assert "built again" in caplog.text
 
 
@@ -177,16 +170,16 @@ def test_damaged_data_is_refused(tmp_path: Path, damage: str) -> None:
             }[damage]
         )
     with pytest.raises(StoreError, match="no sound memory"):
-        TokenStore.load(tmp_path, space())
+        TokenStore.load(tmp_path, space(), VOCABULARY)
 
 
 def test_what_was_forgotten_is_not_written(tmp_path: Path) -> None:
-    store = TokenStore(space(), hot_rows=4)
+    store = store_of(4)
     secret = drawn(6, WIDTH, seed=1)
     store.add("person", secret, words(6, 1))
-    store.seal()
+    store.index.seal()
     store.save(tmp_path)
-    key = store.space.keys(secret).astype(np.float16)[2].tobytes()
+    key = store.space.pooling.keys(secret).astype(np.float16)[2].tobytes()
     assert key in (tmp_path / TRUTH_FILE).read_bytes()
     store.forget("person")
     store.save(tmp_path)
@@ -205,7 +198,7 @@ def test_a_disk_that_refuses_is_named_and_the_old_stays(tmp_path: Path, monkeypa
     with pytest.raises(StoreError, match="No space left"):
         store.save(tmp_path)
     monkeypatch.undo()
-    assert len(store) == 42 and len(TokenStore.load(tmp_path, space())) == 40
+    assert len(store) == 42 and len(TokenStore.load(tmp_path, space(), VOCABULARY)) == 40
     assert sorted(p.name for p in tmp_path.iterdir()) == [INDEX_FILE, TRUTH_FILE]
 
 
@@ -233,7 +226,7 @@ def test_a_kill_between_writing_and_renaming_leaves_the_old_or_the_new(tmp_path:
     here = str(Path(__file__).parent.parent)
     done = subprocess.run([sys.executable, "-c", _KILLED, str(tmp_path), str(at), here], check=False)
     assert done.returncode == -signal.SIGKILL
-    loaded = TokenStore.load(tmp_path, space())
+    loaded = TokenStore.load(tmp_path, space(), VOCABULARY)
     assert len(loaded) == entries
     loaded.save(tmp_path)
-    assert len(TokenStore.load(tmp_path, space())) == entries
+    assert len(TokenStore.load(tmp_path, space(), VOCABULARY)) == entries

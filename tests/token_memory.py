@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradatim.memory.key_space import KeySpace, key_space
+from gradatim.memory.key_space import EachToken, KeySpace, standardised_by
 from gradatim.memory.knn_gate import Gate
 from gradatim.memory.token_store import TokenStore
 
@@ -16,8 +16,12 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def space(base: str = "a" * 64, layer: int = 3, vocabulary: int = VOCABULARY) -> KeySpace:
-    return key_space(base, layer, vocabulary, 3 * drawn(200, WIDTH, seed=7) + 1)
+def space(base: str = "a" * 64, tokenizer: str = "t" * 64, layer: int = 3) -> KeySpace[EachToken]:
+    return KeySpace(base, tokenizer, (layer,), standardised_by(3 * drawn(200, WIDTH, seed=7).numpy() + 1))
+
+
+def store_of(hot_rows: int = 20_000) -> TokenStore:
+    return TokenStore(space(), VOCABULARY, hot_rows=hot_rows)
 
 
 def words(count: int, seed: int) -> Tensor:
@@ -25,7 +29,7 @@ def words(count: int, seed: int) -> Tensor:
 
 
 def filled(count: int = 40, seed: int = 0, hot_rows: int = 20_000) -> TokenStore:
-    store = TokenStore(space(), hot_rows=hot_rows)
+    store = store_of(hot_rows)
     store.add(f"episode-{seed}", drawn(count, WIDTH, seed=seed), words(count, seed))
     return store
 

@@ -19,6 +19,7 @@ from gradatim.app.remembered import Remembered
 from gradatim.config import Config
 from gradatim.errors import ConfigError, ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.notes import noted
 from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.token_folders import TokenFolders
@@ -104,21 +105,15 @@ class Remembering:
             self.tokens.write()
 
 
-def open_kept(config: Config, store: SqlStore) -> DecisionMemory:
-    """What is remembered, whatever model it was made with."""
-    return DecisionMemory(
-        SqlShelf(store.engines),
-        config.memory,
-        base_sha256="",
-        tokenizer_sha256="",
-        layers=(),
-        folders=token_folders(config),
-    )
+def open_kept(config: Config, store: SqlStore, space: KeySpace[Turn]) -> DecisionMemory:
+    """What is remembered, whatever model it was made with; ``space`` is that of the one that is served."""
+    return DecisionMemory(SqlShelf(store.engines), config.memory, space, folders=token_folders(config), looked_at=True)
 
 
 def open_admin(config: Config, store: SqlStore) -> Remembered:
     """The same, with the sessions that lie on disk."""
-    return Remembered(open_kept(config, store), None, session_folder(config))
+    made_of = next((adapter.base_sha256 for _, adapter in store.read(Adapter, limit=1)), "")
+    return Remembered(open_kept(config, store, KeySpace(made_of, "", (), Turn())), None, session_folder(config))
 
 
 def session_folder(config: Config) -> SessionFolder:
@@ -159,28 +154,24 @@ def _sessions(config: Config, base: Base, engine: TransformersEngine) -> Session
 
 
 def _judged_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
-    if not (config.memory.decisions or config.memory.tokens or config.memory.retrieval):
-        return _off(open_kept(config, store))
-    from gradatim.memory.follow import Follower
-    from gradatim.memory.retrieval import Retrieval
-    from gradatim.memory.tell import Teller
     from gradatim.nn.render import Renderer
 
     renderer = Renderer(base)
-    tokens = _token_memory(config, base)
+    space = KeySpace(base.sha256, renderer.digest(), compose.key_layers(config, base), Turn())
+    if not (config.memory.decisions or config.memory.tokens or config.memory.retrieval):
+        return _off(open_kept(config, store, space))
+    from gradatim.memory.follow import Follower
+    from gradatim.memory.retrieval import Retrieval
+    from gradatim.memory.tell import Teller
+
+    tokens = _token_memory(config, base, space.tokenizer_sha256)
     try:
         memory = DecisionMemory(
-            SqlShelf(store.engines),
-            config.memory,
-            base_sha256=base.sha256,
-            tokenizer_sha256=renderer.digest(),
-            layers=compose.key_layers(config, base),
-            tokens=tokens,
-            folders=token_folders(config),
+            SqlShelf(store.engines), config.memory, space, tokens=tokens, folders=token_folders(config)
         )
     except ForeignMemoryError as e:
         log.critical("memory stays off: %s", e)
-        return _off(open_kept(config, store))
+        return _off(open_kept(config, store, space))
     if not store.cursor(CURSOR) and not memory.stats()["entries"]:
         memory.start_from(store.end())
     for adapter_id in store.stages(config.name, Stage.LIVE):
@@ -208,7 +199,7 @@ def _off(kept: DecisionMemory) -> Remembering:
     return Remembering(kept, prompter=MemoryPrompter(kept))
 
 
-def _token_memory(config: Config, base: Base) -> TokenMemory | None:
+def _token_memory(config: Config, base: Base, tokenizer_sha256: str) -> TokenMemory | None:
     """None where it is off."""
     from gradatim.memory.knn_gate import TEMPERATURE, near_gate
     from gradatim.memory.knn_lm import NEIGHBOURS, KnnLm
@@ -219,12 +210,13 @@ def _token_memory(config: Config, base: Base) -> TokenMemory | None:
     layer, settings = compose.token_layer(config, base), config.memory
     if layer is None:
         return None
-    found = shipped(base.sha256, layer, base.model.config.get_text_config().vocab_size)
+    found = shipped(base.sha256, tokenizer_sha256, layer)
     space, gate = found or (public_space(base, layer, Path(config.data_dir) / "memory"), near_gate)
     if (settings.neighbours, settings.temperature) != (NEIGHBOURS, TEMPERATURE):
         gate = near_gate  # the other one was trained with these
     knn = KnnLm(gate, k=settings.neighbours, sure=settings.sure, temperature=settings.temperature)
-    return TokenMemory(space, knn, max_tokens=settings.max_tokens, folders=token_folders(config))
+    vocabulary = base.model.config.get_text_config().vocab_size
+    return TokenMemory(space, knn, vocabulary=vocabulary, max_tokens=settings.max_tokens, folders=token_folders(config))
 
 
 def show_figures(remembering: Remembering, registry: CollectorRegistry) -> None:

@@ -36,7 +36,10 @@ class Remembered:
         return self.judged.show(tenant=tenant, step_id=step_id, limit=limit)
 
     def check(self) -> Mapping[str, Any]:
-        return self.judged.check()
+        """And of the sessions on disk: what they were read with."""
+        found = self.judged.check()
+        sessions = [] if self.folder is None else self.folder.unusable(self.judged.made_with)
+        return {**found, "ok": found["ok"] and not sessions, "unusable": [*found["unusable"], *sessions]}
 
     def compact(self) -> Mapping[str, Any]:
         return self.judged.compact()

@@ -23,14 +23,13 @@ from typing import Any
 from gradatim.config import MemoryConfig
 from gradatim.errors import AdapterError, GradatimError
 from gradatim.memory.contents import Contents
+from gradatim.memory.upkeep import read_into
 from gradatim.protocols import Scorer, Shelf, Store
 from gradatim.types import (
     Adapter,
     CaseScore,
     Example,
     MemoryEntry,
-    MemoryEpoch,
-    MemoryKey,
     MemoryRetirement,
     MemoryUse,
     Stage,
@@ -94,7 +93,7 @@ class Consolidation:
         live = live_adapter(self._store, self._name)
         if live is None:
             return {"adapter": None, "looked_at": 0, "retired": 0, "entries": []}
-        contents = contents_of(self._shelf)
+        contents = read_into(Contents(), self._shelf)
         settled = {
             (row.entry_id, row.position) for row in self._shelf.load(MemoryRetirement, adapter_sha256=live.sha256)
         }
@@ -108,7 +107,7 @@ class Consolidation:
         }
 
     def _look(self, live: Adapter, contents: Contents, entries: Sequence[MemoryEntry]) -> list[Looked]:
-        space = _fullest(contents)
+        space = contents.fullest()  # keys of one space can be compared, whichever it is
         out: list[Looked] = []
         for entry in entries:
             steps = [self._store.step(id=i) for i in (entry.step_id, *_alike(entry, contents, space))]
@@ -165,18 +164,6 @@ def supplied(shelf: Shelf, adapter_sha256: str) -> list[StepId]:
     return list(dict.fromkeys(steps[i] for i in wanted))
 
 
-def contents_of(shelf: Shelf) -> Contents:
-    """What is remembered, to be looked at and not to be changed."""
-    contents = Contents()
-    contents.epochs = {e.id: e for e in shelf.load(MemoryEpoch)}
-    for entry in shelf.load(MemoryEntry):
-        contents.put(entry)
-    for key in shelf.load(MemoryKey):
-        contents.put_key(key)
-    contents.use((), [u for u in shelf.load(MemoryUse) if u.entry_id in contents.entries])
-    return contents
-
-
 def _good(contents: Contents) -> list[MemoryEntry]:
     def rank(entry: MemoryEntry) -> tuple[int, float, str]:
         helped, harmed = contents.helped(entry.id)
@@ -190,17 +177,9 @@ def _alike(entry: MemoryEntry, contents: Contents, space: str | None) -> list[St
     index = contents.indexes.get((entry.tenant, space or ""))
     if index is None or entry.step_id not in index:
         return []
-    near = contents.near(entry.tenant, space or "", None, index.key(entry.step_id), LIKE)
+    near = contents.near(entry.tenant, space or "", None, index.of(entry.step_id)[0], LIKE)
     steps = [e.step_id for e, _ in near if e.value > 0.0 and e.tokens == entry.tokens and e.step_id != entry.step_id]
     return list(dict.fromkeys(steps))[:PARAPHRASES]
-
-
-def _fullest(contents: Contents) -> str | None:
-    """Keys of one space can be compared, whichever it is."""
-    sizes: Counter[str] = Counter()
-    for (_, space), index in contents.indexes.items():
-        sizes[space] += len(index)
-    return max(sizes, key=lambda space: (sizes[space], space), default=None)
 
 
 def _case(entry: MemoryEntry, step: Step) -> Example:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.errors import MemoryKeyError
-from gradatim.memory.index import FlatIndex
-from gradatim.memory.spaces import from_bytes
+from gradatim.memory.key_index import KeyIndex
+from gradatim.memory.key_space import from_bytes
 from gradatim.types import (
     EpisodeId,
     MemoryEntry,
@@ -45,7 +45,7 @@ class Contents:
         self.by_step: dict[StepId, list[str]] = {}
         self.by_episode: dict[EpisodeId, set[str]] = defaultdict(set)
         self.sizes: Counter[str] = Counter()  # entries by tenant
-        self.indexes: dict[tuple[str, str], FlatIndex] = {}  # by tenant and space
+        self.indexes: dict[tuple[str, str], KeyIndex] = {}  # by tenant and space
         self.versions: Counter[str] = Counter()  # by tenant: rises when something is taken out or changed
         self.epochs: dict[str, MemoryEpoch] = {}
         self.tombstones: list[Tombstone] = []
@@ -160,15 +160,35 @@ class Contents:
         if not ids or key is None:
             return
         at = (self.entries[ids[0]].tenant, kept.space)
-        index = self.indexes.setdefault(at, FlatIndex(len(key)))
+        index = self.indexes.setdefault(at, KeyIndex(len(key)))
         try:
-            index.add(kept.step_id, key)
+            index.replace(kept.step_id, key[None])
         except MemoryKeyError:
             self.damaged += 1
 
     def has_key(self, step_id: StepId, space: str) -> bool:
         index = self.indexes.get((self.tenant_of(step_id), space))
         return index is not None and step_id in index
+
+    def fullest(self, *, but: str = "") -> str | None:
+        """The space with most keys; where several have as many, the last by name."""
+        sizes: Counter[str] = Counter()
+        for (_, space), index in self.indexes.items():
+            sizes[space] += len(index) if space != but else 0
+        return max((s for s in sizes if sizes[s]), key=lambda space: (sizes[space], space), default=None)
+
+    def without_key(self, space: str) -> Iterator[StepId]:
+        """Steps that have none in that space."""
+        return (step_id for step_id in self.by_step if not self.has_key(step_id, space))
+
+    def finds_itself(self, step_id: StepId, key: Floats, space: str) -> bool | None:
+        """Whether a step, placed by a key of other weights, is nearest to itself in this space (self-retrieval), or to
+        one that lies where it does. None where it has no key there."""
+        if step_id not in self.by_step or not self.has_key(step_id, space):
+            return None
+        index = self.indexes[self.tenant_of(step_id), space]
+        ((nearest, _),) = index.near(key, 1)
+        return nearest == step_id or float(index.of(step_id)[0] @ index.of(nearest)[0]) > 0.999
 
     def tenant_of(self, step_id: StepId) -> str:
         return self.entries[self.by_step[step_id][0]].tenant
@@ -180,9 +200,9 @@ class Contents:
         since = self.since(tenant)
         own = self.indexes.get((tenant, space))
         other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
-        found = list(own.search(key, floor, NEIGHBOURS)) if own is not None else []
+        found = own.near(key, NEIGHBOURS, floor) if own is not None else []
         if other is not None:
-            elsewhere = other.search(key, floor, NEIGHBOURS)
+            elsewhere = other.near(key, NEIGHBOURS, floor)
             found += [(step, near) for step, near in elsewhere if own is None or step not in own]
         for step_id, cosine in sorted(found, key=lambda pair: -pair[1])[:NEIGHBOURS]:
             for entry_id in self.by_step.get(StepId(step_id), ()):
@@ -244,7 +264,7 @@ class Contents:
 
     def stats(self) -> dict[str, int]:
         told = [self.helped(entry_id) for entry_id in self._uses]
-        key_bytes = sum(4 * len(index) * index.width for index in self.indexes.values())
+        key_bytes = sum(index.size_bytes for index in self.indexes.values())
         return {
             "entries": len(self.entries),
             "active": sum(e.epoch >= self.since(e.tenant) for e in self.entries.values()),

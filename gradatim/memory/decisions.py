@@ -12,22 +12,22 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
 from gradatim.errors import StoreError
 from gradatim.memory import upkeep
 from gradatim.memory.contents import Contents, covers
+from gradatim.memory.key_space import Floats, KeySpace, Turn, check_space, made_with, to_bytes
 from gradatim.memory.notes import Notes
 from gradatim.memory.recall import Neighbourhood, Recall
-from gradatim.memory.spaces import check_space, make_space, to_bytes
+from gradatim.memory.spaces import Spaces
 from gradatim.memory.token_folders import TokenFolders
+from gradatim.memory.upkeep import Drop, drops_of
 from gradatim.protocols import Recollection, Shelf
 from gradatim.types import (
     AdapterId,
@@ -49,48 +49,43 @@ if TYPE_CHECKING:
 
     from gradatim.memory.tokens import TokenMemory
 
-Floats = NDArray[np.float32]
 CURSOR = "memory.judged"  # feedback up to here has been remembered
 SCOPES: Sequence[str] = get_args(get_type_hints(Tombstone)["scope"])
-_RECENT = 4096  # keys of answers that wait for their feedback
-_SPACES = 4  # that keys are made for: live, canary, holdback and the base
 _MADE_OF_ENTRIES = (MemoryKey, MemorySpace, MemoryUse, MemoryRetirement)
-Drop = tuple[type[Kept], Mapping[str, str]]
 
 
 class DecisionMemory:
-    """``layers``: those whose input is the key. ``base_sha256`` and ``tokenizer_sha256`` are of the model that is
-    served, or empty where none is. ``tokens``, or what it left in ``folders``, is kept in step with what is remembered.
-    ForeignMemoryError where what is on the shelf was made with another; StoreError."""
+    """``space``: that of the base alone; digests are empty where no model is served. ``tokens``, or what it left in
+    ``folders``, is kept in step with what is remembered. ForeignMemoryError where what is on the shelf was made with
+    another model, unless it is only ``looked_at``; StoreError."""
 
     def __init__(
         self,
         shelf: Shelf,
         config: MemoryConfig,
+        space: KeySpace[Turn],
         *,
-        base_sha256: str,
-        tokenizer_sha256: str,
-        layers: tuple[int, ...],
         tokens: TokenMemory | None = None,
         folders: TokenFolders | None = None,
+        looked_at: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
         self.counts: Counter[str] = Counter()
         self.notes = Notes(shelf, by_user=config.tenants == "user", clock=clock)
-        self._shelf, self._clock, self._layers = shelf, clock, layers
-        self._base, self._tokenizer = base_sha256, tokenizer_sha256
+        self._shelf, self._clock = shelf, clock
         self._writing = threading.RLock()
         self._lock = threading.Lock()
+        kept = shelf.load(MemorySpace)
+        for row in () if looked_at else kept:
+            check_space(row, space)
+        self._spaces = Spaces(space, kept)
         self._all = Contents()
         self._all.tokens = tokens or folders
-        self._tokens = tokens
-        self._spaces: dict[str, MemorySpace] = {}
-        self._bridges: dict[str, str] = {}  # space -> the one whose keys may stand in for those that it lacks
-        self._recent: OrderedDict[StepId, tuple[str, Floats]] = OrderedDict()
-        self._wanted: OrderedDict[str, AdapterId] = OrderedDict()  # spaces that requests come in, and their weights
-        self._untended = True
-        self._load()
+        self._tokens, self._folders = tokens, folders
+        upkeep.read_into(self._all, shelf)
+        if folders is not None:
+            folders.prune(self._all.entries.keys())
 
     # ---------------------------------------------------------------------------------------------- reading
 
@@ -103,26 +98,20 @@ class DecisionMemory:
         self.counts["recalls"] += 1
         return Recall(self, self.config, self.tenant(user), self.expect(adapter_id, adapter_sha256))
 
-    def expect(self, adapter_id: AdapterId, adapter_sha256: str) -> MemorySpace:
+    def expect(self, adapter_id: AdapterId, adapter_sha256: str) -> KeySpace[Turn]:
         """Make keys for requests that these weights answer."""
-        space = self._space(adapter_id, adapter_sha256)
         with self._lock:
-            self._untended = self._untended or space.id not in self._wanted
-            self._wanted[space.id] = adapter_id
-            self._wanted.move_to_end(space.id)
-            while len(self._wanted) > _SPACES:
-                self._wanted.popitem(last=False)
-        return space
+            return self._spaces.expect(adapter_id, adapter_sha256, self._clock())
 
-    def near(self, tenant: str, space: str, key: Floats, floor: float) -> Neighbourhood:
+    def near(self, tenant: str, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood:
         """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
         with self._lock:
             found = sorted(
-                self._all.near(tenant, space, self._bridges.get(space), key, floor), key=lambda pair: pair[0].id
+                self._all.near(tenant, space.id, self._spaces.stand_in(space.id), key, floor),
+                key=lambda pair: pair[0].id,
             )
-            digest = self._spaces[space].adapter_sha256 if space in self._spaces else ""
-            known = [pair for pair in found if self._all.is_known(pair[0], digest)]
-            left = [pair for pair in found if not self._all.is_known(pair[0], digest)] if known else found
+            known = [pair for pair in found if self._all.is_known(pair[0], space.adapter_sha256)]
+            left = [pair for pair in found if not self._all.is_known(pair[0], space.adapter_sha256)]
             return Neighbourhood(left, self._all.versions[tenant], self._all.since(tenant), known)
 
     def version(self, tenant: str) -> int:
@@ -138,10 +127,7 @@ class DecisionMemory:
             self.counts["steered"] += steered
             if not isinstance(recollection, Recall) or recollection.key is None:
                 return
-            for step_id in step_ids:
-                self._recent[step_id] = recollection.space.id, recollection.key
-            while len(self._recent) > _RECENT:
-                self._recent.popitem(last=False)
+            self._spaces.wait(step_ids, recollection.space.id, recollection.key)
 
     # ---------------------------------------------------------------------------------------------- writing
 
@@ -161,9 +147,9 @@ class DecisionMemory:
             kept = [self._dated(e) for e in entries if not any(covers(t, e) for t in self._all.tombstones)]
             gone = self._all.by_episode.get(episode_id, set()) - {e.id for e in kept}
             changed = [e for e in kept if self._all.entries.get(e.id) != e]
-            keys = self._recent_keys(kept)
+            keys = self._waiting_keys(kept)
             known = [use for use in uses if use.entry_id in self._all.entries]
-            drop = self._drops(gone, but={e.step_id for e in kept})
+            drop = drops_of(self._all, gone, but={e.step_id for e in kept})
             drop += [(MemoryUse, {"answer_id": a}) for a in answers]
             self._change([*changed, *keys, *known], drop, cursor)
             with self._lock:
@@ -173,7 +159,7 @@ class DecisionMemory:
                 for key in keys:
                     self._all.put_key(key)
                 self._all.use(answers, known)
-                self._untended = True
+                self._spaces.untended = True
                 self.counts["written"] += len(changed)
             self._drop_harmful({use.entry_id for use in known})
             self._evict({e.tenant for e in changed})
@@ -201,13 +187,13 @@ class DecisionMemory:
             everything: list[Drop] = [(kind, {}) for kind in _MADE_OF_ENTRIES] if scope == "all" else []
             notes = self.notes.covered(tombstone)
             unpinned: list[Drop] = [(MemoryNote, {"id": note.id}) for note in notes]
-            self._shelf.change(put=[tombstone], drop=[*self._drops(gone), *everything, *unpinned])
+            self._shelf.change(put=[tombstone], drop=[*drops_of(self._all, gone), *everything, *unpinned])
             with self._lock:
                 self._all.take(gone)
                 self.notes.take(notes)
                 self._all.tombstones.append(tombstone)
                 if scope != "entry":
-                    self._recent.clear()  # whose they are is not known; the others' can be made anew
+                    self._spaces.forget_waiting()
             told = {"entries": len(gone), "notes": len(notes)}
             return {"scope": scope, "value": value, **told, "at": tombstone.created_at}
 
@@ -240,24 +226,17 @@ class DecisionMemory:
 
     # ------------------------------------------------------------------------------------------- key spaces
 
-    def unkeyed(self, limit: int) -> list[tuple[StepId, str, AdapterId]]:
-        """Steps without a key in a space that requests come in, the newest such space first: (step, space, weights)."""
+    def unkeyed(self, limit: int) -> list[tuple[StepId, KeySpace[Turn]]]:
+        """Steps without a key in a space that requests come in, the newest such space first."""
         with self._lock:
-            out: list[tuple[StepId, str, AdapterId]] = []
-            if not self._untended:
-                return out
-            for space, adapter_id in reversed(self._wanted.items()):
-                for step_id in self._all.by_step:
-                    if len(out) == limit:
-                        return out
-                    if not self._all.has_key(step_id, space):
-                        out.append((step_id, space, adapter_id))
-            return out
+            wanted = self._spaces.wanted() if self._spaces.untended else ()
+            lacking = ((step, space) for space in wanted for step in self._all.without_key(space.id))
+            return list(islice(lacking, limit))
 
     def tended(self) -> None:
         """Every step has the keys that it can have; ``unkeyed`` is not asked again before that changes."""
         with self._lock:
-            self._untended = False
+            self._spaces.untended = False
 
     def put_key(self, step_id: StepId, space: str, key: Floats) -> None:
         """Where a remembered step lies in a space. Durable and in effect when it returns."""
@@ -271,40 +250,28 @@ class DecisionMemory:
     def unwanted(self, space: str) -> None:
         """Its weights are gone; nothing is made for it any more until a request comes in it."""
         with self._lock:
-            self._wanted.pop(space, None)
+            self._spaces.unwanted(space)
 
     def bridge(self, space: str, to: str | None) -> None:
         """Let keys of another space stand in for those that this one lacks; None: no longer."""
         with self._lock:
-            self._bridges = {s: t for s, t in self._bridges.items() if s != space}
-            if to is not None:
-                self._bridges[space] = to
+            self._spaces.bridge(space, to)
 
     def fullest(self, *, but: str) -> str | None:
         """The space with most keys."""
         with self._lock:
-            sizes: Counter[str] = Counter()
-            for (_, space), index in self._all.indexes.items():
-                sizes[space] += len(index) if space != but else 0
-            return next((space for space, size in sizes.most_common(1) if size), None)
+            return self._all.fullest(but=but)
 
     def finds_itself(self, step_id: StepId, key: Floats, space: str) -> bool | None:
-        """Whether a step, placed by a key of other weights, is nearest to itself in this space (self-retrieval), or to
-        one that lies where it does. None where it has no key there."""
+        """See ``Contents.finds_itself``."""
         with self._lock:
-            if step_id not in self._all.by_step or not self._all.has_key(step_id, space):
-                return None
-            index = self._all.indexes[self._all.tenant_of(step_id), space]
-            own = index.key(step_id)
-            nearest = max(index.search(key, -1.0), key=lambda found: found[1])[0]
-            return nearest == step_id or float(own @ index.key(nearest)) > 0.999
+            return self._all.finds_itself(step_id, key, space)
 
-    def untold(self, limit: int, but: Set[tuple[str, str]]) -> list[tuple[MemoryEntry, MemorySpace, AdapterId]]:
+    def untold(self, limit: int, but: Set[tuple[str, str]]) -> list[tuple[MemoryEntry, KeySpace[Turn]]]:
         """What the token memory lacks in the spaces that requests come in, the newest first; ``but`` for some entries
         and spaces that cannot be read. What was written to disk is taken over first."""
         with self._lock:
-            tokens, wanted = self._tokens, [(self._spaces[s], a) for s, a in reversed(self._wanted.items())]
-            revision = self._all.revision
+            tokens, wanted, revision = self._tokens, self._spaces.wanted(), self._all.revision
             if tokens is None or tokens.complete(revision, wanted):
                 return []
             told = self._all.told()
@@ -313,12 +280,26 @@ class DecisionMemory:
                 tokens.adopt(key, held, self._all.told())
         return tokens.lacking(revision, told, wanted, but)[:limit]
 
-    def tell(self, entry: MemoryEntry, space: MemorySpace, states: Tensor) -> None:
+    def tell(self, entry: MemoryEntry, space: KeySpace[Turn], states: Tensor) -> None:
         """``states`` (T, H) are those that its tokens come after. In effect for the next token when it returns, if the
         entry is still remembered as it was. MemoryKeyError."""
         with self._lock:
-            if self._tokens is not None and self._all.tells(entry) and space.id in self._wanted:
+            if self._tokens is not None and self._all.tells(entry) and self._spaces.wants(space.id):
                 self._tokens.add(entry, space, states)
+
+    def maintain(self) -> None:
+        """Make keys that are many faster to search, and give back the room of those that are gone. May take seconds;
+        searches and changes go on meanwhile."""
+        with self._lock:
+            indexes = list(self._all.indexes.items())
+        for at, index in indexes:
+            if index.worn:
+                rows, fresh = index.rows, index.compacted()
+                with self._lock:
+                    if self._all.indexes.get(at) is index and fresh.stands_for(index, rows):
+                        self._all.indexes[at] = fresh
+            elif index.full:
+                index.seal()
 
     # ---------------------------------------------------------------------------------------------- looking
 
@@ -336,31 +317,40 @@ class DecisionMemory:
         with self._lock:
             return self._all.rows(tenant, step_id, limit)
 
+    @property
+    def made_with(self) -> Mapping[str, str]:
+        """Digests of what is served, empty where they are not known."""
+        return made_with(self._spaces.base.base_sha256, self._spaces.base.tokenizer_sha256)
+
     def check(self) -> dict[str, Any]:
-        """Compare what answers are made with to the shelf: entries one by one, and the checksum of every key."""
+        """Compare what answers are made with to the shelf: entries one by one, the checksum of every key, and what the
+        keys there and on disk were made with."""
         with self._writing:
+            unusable = upkeep.foreign_spaces(self._shelf, self._spaces.base)
+            if self._folders is not None:
+                ours = self.made_with if self._tokens is None else self._tokens.space.made_with
+                unusable += self._folders.unusable(ours)
             stray = [] if self._tokens is None else self._tokens.stray(self._all.told())
-            return upkeep.check(self._shelf, self._all, stray)
+            return upkeep.check(self._shelf, self._all, stray_tokens=stray, unusable=unusable)
 
     def compact(self) -> dict[str, Any]:
         """Delete what nothing is answered with any more: keys of spaces that no request comes in, and what is left of
         entries that are gone. Where no request came yet, the space with most keys stays."""
         with self._writing:
             with self._lock:
-                needed = {*self._wanted, *self._bridges.values()}
-            fullest = self.fullest(but="")
-            drop, told = upkeep.leftovers(self._shelf, self._all, needed or {fullest or ""})
+                needed = self._spaces.needed() or {self._all.fullest() or ""}
+            drop, told = upkeep.leftovers(self._shelf, self._all, needed)
             self._shelf.change(drop=drop)
             with self._lock:
                 for at in [at for at in self._all.indexes if at[1] in told["spaces"]]:
                     del self._all.indexes[at]
-                self._spaces = {i: s for i, s in self._spaces.items() if i not in told["spaces"]}
+                self._spaces.drop(told["spaces"])
             return {name: len(gone) for name, gone in told.items()}
 
     def reread_retired(self) -> None:
         """What the loop or a person retired meanwhile. In effect when it returns."""
         with self._lock:
-            digests = {self._spaces[space].adapter_sha256 for space in self._wanted}
+            digests = {space.adapter_sha256 for space in self._spaces.wanted()}
         for digest in sorted(digests):
             ledger = self._shelf.load(MemoryRetirement, adapter_sha256=digest)
             with self._lock:
@@ -368,51 +358,15 @@ class DecisionMemory:
 
     # ----------------------------------------------------------------------------------------------- inside
 
-    def _load(self) -> None:
-        for space in self._shelf.load(MemorySpace):
-            check_space(space, self._base, self._tokenizer)
-            self._spaces[space.id] = space
-        self._all.epochs = {e.id: e for e in self._shelf.load(MemoryEpoch)}
-        self._all.tombstones = list(self._shelf.load(Tombstone))
-        for entry in self._shelf.load(MemoryEntry):
-            self._all.put(entry)
-        for key in self._shelf.load(MemoryKey):
-            self._all.put_key(key)
-        self._all.use((), [u for u in self._shelf.load(MemoryUse) if u.entry_id in self._all.entries])
-        for digest, ledger in upkeep.by_adapter(self._shelf.load(MemoryRetirement)).items():
-            self._all.retire(digest, ledger)
-
-    def _space(self, adapter_id: AdapterId, adapter_sha256: str) -> MemorySpace:
-        space = make_space(
-            base_sha256=self._base,
-            tokenizer_sha256=self._tokenizer,
-            adapter_id=adapter_id,
-            adapter_sha256=adapter_sha256,
-            layers=self._layers,
-            now=self._clock(),
-        )
-        return self._spaces.setdefault(space.id, space)
-
-    def _recent_keys(self, entries: Sequence[MemoryEntry]) -> list[MemoryKey]:
+    def _waiting_keys(self, entries: Sequence[MemoryEntry]) -> list[MemoryKey]:
+        """Those that the entries' steps lack."""
         with self._lock:
-            found = {e.step_id: self._recent[e.step_id] for e in entries if e.step_id in self._recent}
-            known = {(s, space) for s, (space, _) in found.items() if s in self._all.by_step}
-            new = {s: k for s, k in found.items() if (s, k[0]) not in known or not self._all.has_key(s, k[0])}
-        return [MemoryKey(step_id=step, space=space, key=to_bytes(key)) for step, (space, key) in new.items()]
+            found = self._spaces.waiting({entry.step_id for entry in entries})
+            return [k for k in found if k.step_id not in self._all.by_step or not self._all.has_key(k.step_id, k.space)]
 
     def _change(self, put: Sequence[Kept], drop: Sequence[Drop], cursor: int | None) -> None:
-        """A key is never kept without what it was made with."""
-        spaces = [self._spaces[s] for s in sorted({k.space for k in put if isinstance(k, MemoryKey)})]
+        spaces = self._spaces.rows_of(kept for kept in put if isinstance(kept, MemoryKey))
         self._shelf.change(put=[*put, *spaces], drop=drop, cursors=None if cursor is None else {CURSOR: cursor})
-
-    def _drops(self, ids: Iterable[str], *, but: Set[StepId] = frozenset()) -> list[Drop]:
-        """Entries with what they did and, ``but`` for some steps, the keys of those of which nothing is left."""
-        gone = set(ids)
-        drop: list[Drop] = []
-        for entry_id in sorted(gone):
-            drop.append((MemoryEntry, {"id": entry_id}))
-            drop += [(kind, {"entry_id": entry_id}) for kind in (MemoryUse, MemoryRetirement)]
-        return drop + [(MemoryKey, {"step_id": step}) for step in self._all.without(gone) if step not in but]
 
     def _set_epoch(self, epoch: MemoryEpoch, cursors: Mapping[str, int] | None = None) -> None:
         self._shelf.change(put=[epoch], cursors=cursors)
@@ -439,6 +393,6 @@ class DecisionMemory:
             over = self._all.sizes[tenant] - self.config.max_entries
             if over > 0:
                 gone = self._all.least_useful(tenant, over + self.config.max_entries // 50)
-                self._shelf.change(drop=self._drops(gone))
+                self._shelf.change(drop=drops_of(self._all, gone))
                 with self._lock:
                     self._all.take(gone)

@@ -22,7 +22,7 @@ from gradatim.config import RewardConfig
 from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.entries import entries_of
-from gradatim.memory.spaces import key_of
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.tell import Teller
 from gradatim.opinions import on_own_steps, without_held_out
 from gradatim.protocols import CreditAssigner, RewardModel, Store, Tokenizer
@@ -61,7 +61,7 @@ class Follower:
         self._reward_model, self._credit, self._tokenizer = reward_model, credit, tokenizer
         self._looked = -1  # position of the newest verdict on the world; before the first look there is none
         self._tried: dict[str, list[bool]] = {}  # space -> probes that found themselves
-        self._ledger_read_at = -LEDGER_S
+        self._looked_around_at = -LEDGER_S
         self._skipped: set[tuple[StepId, str]] = set()  # that cannot be placed
 
     async def watch(self) -> None:
@@ -82,16 +82,17 @@ class Follower:
         """Take in new feedback, or else make some keys. True if anything was done."""
         if await asyncio.to_thread(self.take):
             return True
-        await self._look_at_the_ledger()
+        await self._look_around()
         placed = (self._memory.config.decisions or self._memory.config.retrieval) and await self.tend()
         told = self._teller is not None and await self._teller.turn()
         return placed or told
 
-    async def _look_at_the_ledger(self) -> None:
-        """Now and then: it is written by the loop's process, or by hand."""
-        if time.monotonic() - self._ledger_read_at >= LEDGER_S:
+    async def _look_around(self) -> None:
+        """Now and then: the ledger is written by the loop's process, or by hand, and keys have become more or fewer."""
+        if time.monotonic() - self._looked_around_at >= LEDGER_S:
             await asyncio.to_thread(self._memory.reread_retired)
-            self._ledger_read_at = time.monotonic()
+            await asyncio.to_thread(self._memory.maintain)
+            self._looked_around_at = time.monotonic()
 
     # ------------------------------------------------------------------------------------ feedback -> entries
 
@@ -140,44 +141,43 @@ class Follower:
 
     async def tend(self) -> bool:
         """Make a few keys. An engine that is busy is left alone."""
-        lacking = [at for at in self._memory.unkeyed(_KEYS + len(self._skipped)) if at[:2] not in self._skipped]
-        for space in {space for _, space, _ in lacking} - self._tried.keys():
-            self._tried[space] = []
-        for step_id, space, adapter_id in lacking[:_KEYS]:
+        found = self._memory.unkeyed(_KEYS + len(self._skipped))
+        lacking = [(step_id, space) for step_id, space in found if (step_id, space.id) not in self._skipped]
+        for step_id, space in lacking[:_KEYS]:
+            self._tried.setdefault(space.id, [])
             try:
-                await self._make_key(step_id, space, adapter_id)
+                await self._make_key(step_id, space)
             except OverloadedError:
                 return False
             except UnknownAdapterError:
-                self._memory.unwanted(space)
+                self._memory.unwanted(space.id)
                 return True
         if not lacking:
             self._memory.tended()
-            for space in [s for s in self._tried if self._tried[s]]:
-                self._memory.bridge(space, None)  # it has all of its own keys
-                self._tried[space] = []
+            for space_id in [s for s in self._tried if self._tried[s]]:
+                self._memory.bridge(space_id, None)  # it has all of its own keys
+                self._tried[space_id] = []
         return bool(lacking)
 
-    async def _make_key(self, step_id: StepId, space: str, adapter_id: AdapterId) -> None:
+    async def _make_key(self, step_id: StepId, space: KeySpace[Turn]) -> None:
         step = await asyncio.to_thread(self._store.step, id=step_id)
         try:
             if step is None:
                 raise ValueError("it is not in the store")
-            state = await self._place(step, adapter_id)
-            key = key_of(state)
+            key = space.key(await self._place(step, space.adapter_id))
         except (OverloadedError, UnknownAdapterError):
             raise
         except (GradatimError, ValueError) as e:
-            self._skipped.add((step_id, space))
+            self._skipped.add((step_id, space.id))
             self._memory.counts["unreadable"] += 1
             log.warning("step %s has no key: %s", step_id, e)
             return
-        other = self._memory.fullest(but=space)
-        if other is not None and len(self._tried.get(space, [])) < PROBES:
+        other = self._memory.fullest(but=space.id)
+        if other is not None and len(self._tried.get(space.id, [])) < PROBES:
             found = self._memory.finds_itself(step_id, key, other)
             if found is not None:
-                self._probe(space, other, found)
-        await asyncio.to_thread(self._memory.put_key, step_id, space, key)
+                self._probe(space.id, other, found)
+        await asyncio.to_thread(self._memory.put_key, step_id, space.id, key)
 
     def _probe(self, space: str, other: str, found: bool) -> None:
         """Old keys stand in from the first few probes on, for as long as enough of them find themselves."""

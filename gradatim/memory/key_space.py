@@ -1,6 +1,10 @@
-"""Which hidden states a memory's keys are made of, and how: keys of two spaces say nothing of each other.
+"""Key spaces: what a key depends on, how a model's states become keys, and how a key is kept.
 
-It knows no models, only what identifies one.
+Adapters change hidden states, so a key belongs to the weights that made it; keys of two spaces are not compared unless
+a check has said that they may. Both memories name their spaces alike. What they pool differs, since they ask for other
+things: a whole situation is the mean over its turn, scaled by nothing but itself; the place of one token in a text is
+that token's state, of which a few dimensions that do not hold what comes next outweigh all others, so that it takes
+the statistics of public text. Neither uses anybody's data: what is forgotten leaves no trace in the keys of others.
 
 Shapes: n states, D size of the hidden state.
 """
@@ -8,65 +12,178 @@ Shapes: n states, D size of the hidden state.
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, replace
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+
+from gradatim.errors import ForeignMemoryError, MemoryKeyError
+from gradatim.types import AdapterId, MemorySpace
+
+Floats = NDArray[np.float32]
+
+
+class Pooling(Protocol):
+    """How states become keys."""
+
+    @property
+    def rule(self) -> str:
+        """Names all that it depends on."""
+
+    def keys(self, states: Any) -> Floats:
+        """(n, D) of length 1, of states (n, D)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """The mean state over the task's turn, which the engine takes. A few of its dimensions outweigh all the others: it
+    is scaled to a root mean square of 1 and each number cut off at 1."""
+
+    rule: str = "mean over the last message, rms 1, cut at 1"
+
+    def keys(self, states: Any) -> Floats:
+        """MemoryKeyError where one is not finite, or zero."""
+        return np.stack([key_of(state) for state in states])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class KeySpace:
-    """A key is the output of a late layer, standardised per dimension and of length 1: a few dimensions of the residual
-    stream outweigh all others, and they do not hold what comes next."""
+class EachToken:
+    """The state of each token, standardised per dimension by that of public text."""
 
-    base_sha256: str
-    layer: int  # the key is the output of this many layers
-    vocabulary: int
-    mean: NDArray[np.float32]  # (D,)
-    scale: NDArray[np.float32]  # (D,)
-    adapter_sha256: str = ""  # of the weights on the base; empty for the base alone
+    mean: Floats  # (D,)
+    scale: Floats  # (D,)
 
     @property
     def width(self) -> int:
         return len(self.mean)
 
     @property
-    def digest(self) -> str:
-        names = (self.base_sha256, self.adapter_sha256, self.layer, self.vocabulary)
-        sha = hashlib.sha256(json.dumps(names).encode())
-        sha.update(self.mean.tobytes() + self.scale.tobytes())
-        return sha.hexdigest()
+    def rule(self) -> str:
+        statistics = hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()
+        return f"each token, standardised by {statistics}"
 
-    def keys(self, hidden: Tensor) -> NDArray[np.float32]:
-        """(n, D) of hidden states (n, D); NaN where those are not finite."""
-        x = (hidden.detach().float().cpu().numpy() - self.mean) / self.scale
+    def keys(self, states: Any) -> Floats:
+        """NaN where a state is not finite."""
+        x = (np.asarray(states, dtype=np.float32) - self.mean) / self.scale
         length = np.sqrt(np.square(x).sum(1, keepdims=True))
         with np.errstate(invalid="ignore"):
-            keys: NDArray[np.float32] = x / np.maximum(length, 1e-6)
+            keys: Floats = x / np.maximum(length, np.float32(1e-6))
         return keys
 
+
+def standardised_by(states: Any) -> EachToken:
+    """By states (n, D) of public text: a tenant's own would leave a trace that no deletion removes."""
+    x = np.asarray(states, dtype=np.float64)
+    return EachToken(x.mean(0).astype(np.float32), np.maximum(x.std(0, ddof=1), 1e-6).astype(np.float32))
+
+
+BASE = AdapterId("")  # no adapter
+P = TypeVar("P", bound=Pooling, covariant=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KeySpace(Generic[P]):
+    """Which weights make the keys, of the states of which layers, and how. A digest that is not known is empty."""
+
+    base_sha256: str
+    tokenizer_sha256: str
+    layers: tuple[int, ...]  # the input of layer i is the output of the first i
+    pooling: P
+    adapter_sha256: str = ""  # of the weights: that of the base where no adapter is on it, or where this is left out
+    adapter_id: AdapterId = BASE  # what they are called; says nothing of the keys
+    id: str = field(init=False)  # digest of all else
+
+    def __post_init__(self) -> None:
+        weights = self.adapter_sha256 or self.base_sha256
+        parts = (self.base_sha256, self.tokenizer_sha256, weights, ",".join(map(str, self.layers)), self.pooling.rule)
+        object.__setattr__(self, "id", hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32])
+
+    def key(self, state: Any) -> Floats:
+        """(D,) of one state (D,)."""
+        key: Floats = self.pooling.keys(state[None])[0]
+        return key
+
+    def under(self, adapter_id: AdapterId, adapter_sha256: str) -> KeySpace[P]:
+        """The space of the same base under these weights."""
+        return replace(self, adapter_id=adapter_id, adapter_sha256=adapter_sha256)
+
+    def kept(self, now: float) -> MemorySpace:
+        """As a row of a shelf."""
+        return MemorySpace(
+            id=self.id,
+            base_sha256=self.base_sha256,
+            tokenizer_sha256=self.tokenizer_sha256,
+            adapter_id=self.adapter_id,
+            adapter_sha256=self.adapter_sha256 or self.base_sha256,
+            layers=self.layers,
+            created_at=now,
+        )
+
     def __str__(self) -> str:
-        adapter = f" with adapter {self.adapter_sha256[:12]}" if self.adapter_sha256 else ""
-        base = f"base {self.base_sha256[:12]}{adapter}"
-        return f"{self.digest[:12]} ({base}, layer {self.layer}, {self.vocabulary} tokens, width {self.width})"
+        weights = (self.adapter_sha256 or self.base_sha256)[:12]
+        said = f"base {self.base_sha256[:12]}, tokenizer {self.tokenizer_sha256[:12]}, weights {weights}"
+        return f"{self.id[:12]} ({said}, layer {', '.join(map(str, self.layers))})"
+
+    @property
+    def made_with(self) -> Mapping[str, str]:
+        """What may not change under a memory, by its name."""
+        return made_with(self.base_sha256, self.tokenizer_sha256, self.layers)
 
 
-def key_space(base_sha256: str, layer: int, vocabulary: int, hidden: Tensor, adapter_sha256: str = "") -> KeySpace:
-    """Standardised by states (n, D) of public text: a tenant's own would leave a trace that no deletion removes."""
-    x = hidden.detach().double().cpu()
-    mean, scale = x.mean(0), x.std(0).clamp_min(1e-6)
-    return KeySpace(
-        base_sha256, layer, vocabulary, mean.float().numpy(), scale.float().numpy(), adapter_sha256=adapter_sha256
-    )
+def made_with(base_sha256: str, tokenizer_sha256: str, layers: tuple[int, ...] = ()) -> Mapping[str, str]:
+    """The same of something else."""
+    told = {"base model": base_sha256, "tokenizer": tokenizer_sha256}
+    return {**told, "layer": ",".join(map(str, layers))} if layers else told
 
 
-def in_space_of(space: KeySpace, adapter_sha256: str) -> KeySpace:
-    """The space of the same base under an adapter."""
-    return replace(space, adapter_sha256="" if adapter_sha256 == space.base_sha256 else adapter_sha256)
+def difference(what: str, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """In what it was made otherwise, naming both; empty where in nothing. What is not known here, or not said there, is
+    not compared."""
+    for name, here in ours.items():
+        there = theirs.get(name, here)
+        if here and there != here:
+            return f"{what} was made with another {name}: {there}, and the one that is served is {here}"
+    return ""
+
+
+def check_space(space: MemorySpace, ours: KeySpace[Pooling]) -> None:
+    """ForeignMemoryError where what was kept is of another base model or tokenizer; keys of other layers are made
+    anew."""
+    theirs = made_with(space.base_sha256, space.tokenizer_sha256)
+    if said := difference("what is remembered", theirs, ours.made_with):
+        raise ForeignMemoryError(f"{said}. Serve the one it was made with, or begin anew: gradatim memory forget all")
 
 
 def late_layer(layers: int) -> int:
-    """The layer whose output makes the best keys: 28 of SmolLM2's 30."""
+    """The layer whose output makes the best keys of tokens: 28 of SmolLM2's 30."""
     return max(1, round(0.93 * layers))
+
+
+def key_of(state: Any) -> Floats:
+    """``Turn``'s key of one state (D,). MemoryKeyError where that is no vector of numbers."""
+    x = np.asarray(state, dtype=np.float64)
+    rms = float(np.sqrt(np.mean(x * x))) if x.ndim == 1 and x.size else float("nan")
+    if not np.isfinite(rms) or rms == 0.0:
+        raise MemoryKeyError("a key must be a vector of finite numbers that are not all zero")
+    x = np.clip(x / rms, -1.0, 1.0)
+    x16 = (x / np.linalg.norm(x)).astype("<f2")  # what is kept is what is searched, before and after a restart
+    return x16.astype(np.float32)
+
+
+def to_bytes(key: Floats) -> bytes:
+    blob = key.astype("<f2").tobytes()
+    return blob + zlib.crc32(blob).to_bytes(4, "little")
+
+
+def from_bytes(blob: bytes) -> Floats:
+    """MemoryKeyError where it is damaged."""
+    body, crc = blob[:-4], blob[-4:]
+    if len(blob) < 6 or zlib.crc32(body).to_bytes(4, "little") != crc:
+        raise MemoryKeyError("a key is damaged: its checksum does not fit")
+    key = np.frombuffer(body, dtype="<f2").astype(np.float32)
+    if not np.isfinite(key).all():
+        raise MemoryKeyError("a key holds what is no number")
+    return key

@@ -11,17 +11,12 @@ Shapes: B tokens, K neighbours, V vocabulary, F features.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from gradatim.errors import ForeignMemoryError, StoreError
 from gradatim.memory.token_store import Neighbours
 
 FEATURES = 10
@@ -31,7 +26,6 @@ _CAP = 0.95  # lambda is below it: the model is never silenced
 _START = -2.0  # the bias of the last layer: lambda begins at 0.11
 _FARTHEST = 4.0  # squared distance of opposite vectors
 _LEAST_LOGPROB = -15.0
-_MISMATCH = "the gate {path} was trained in another key space, {theirs}; this one is {ours}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,37 +126,4 @@ def train_gate(cases: Sequence[Cases], *, steps: int = 600, seed: int = 0) -> Ga
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
         schedule.step()
-    return gate.requires_grad_(False).eval()
-
-
-def save_gate(gate: Gate, path: Path, space_digest: str) -> None:
-    """StoreError where the disk refuses."""
-    tmp = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tmp.write_bytes(save({k: v.contiguous() for k, v in gate.state_dict().items()}, {"space": space_digest}))
-        with tmp.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(tmp, path)
-    except OSError as e:
-        raise StoreError(f"cannot write the gate {path}: {e.strerror}") from e
-    finally:
-        tmp.unlink(missing_ok=True)
-
-
-def load_gate(path: Path, space_digest: str) -> Gate:
-    """ForeignMemoryError where it was trained in another key space; StoreError where it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            theirs = (file.metadata() or {}).get("space", "")
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as e:
-        raise StoreError(f"{path} is no sound gate: {e}") from e
-    if theirs != space_digest:
-        raise ForeignMemoryError(_MISMATCH.format(path=path, theirs=theirs[:12], ours=space_digest[:12]))
-    gate = Gate()
-    try:
-        gate.load_state_dict(state)
-    except RuntimeError as e:
-        raise StoreError(f"{path} is no sound gate: {e}") from e
     return gate.requires_grad_(False).eval()

@@ -18,26 +18,32 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from gradatim.memory.key_space import KeySpace, key_space
+from gradatim.memory.key_space import EachToken, KeySpace, standardised_by
 from gradatim.memory.token_file import replace
 from gradatim.nn.base import Base
+from gradatim.nn.render import Renderer
 from gradatim.nn.states import states
 
 log = logging.getLogger(__name__)
 _TEXTS, _TOKENS = 16, 64  # of each text: 1024 states, a few seconds of one core for the bundled model
 
 
-def public_space(base: Base, layer: int, folder: Path) -> KeySpace:
+def public_space(base: Base, layer: int, folder: Path) -> KeySpace[EachToken]:
     """Read from ``folder``, or made and kept there; a file that is damaged or of another model is made anew."""
     path = folder / f"space-{base.sha256[:16]}-{layer}.safetensors"
-    found = _read(path, base, layer)
+    tokenizer_sha256 = Renderer(base).digest()
+    found = _read(path)
     if found is not None:
-        return found
+        pooling, said = found
+        space = KeySpace(base.sha256, tokenizer_sha256, (layer,), pooling)
+        if space.id == said:
+            return space
     hidden = torch.cat([states(base.model, ids, layer) for ids in _windows(base)])  # (n, D)
-    made = key_space(base.sha256, layer, base.model.config.get_text_config().vocab_size, hidden)
+    pooling = standardised_by(hidden.double().cpu().numpy())
+    made = KeySpace(base.sha256, tokenizer_sha256, (layer,), pooling)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(path, save({"mean": made.mean, "scale": made.scale}, {"digest": made.digest}))
+        replace(path, save({"mean": pooling.mean, "scale": pooling.scale}, {"space": made.id}))
     except OSError as e:
         log.warning("the key space is not kept, and is made anew at the next start: %s", e.strerror)
     return made
@@ -50,15 +56,14 @@ def _windows(base: Base) -> Iterator[list[int]]:
         yield ids[: min(_TOKENS, base.context_tokens)]
 
 
-def _read(path: Path, base: Base, layer: int) -> KeySpace | None:
+def _read(path: Path) -> tuple[EachToken, str] | None:
+    """And the id of the space that it was made for."""
     if not os.path.exists(path):
         return None
     try:
         with safe_open(path, framework="numpy") as file:
-            digest = (file.metadata() or {})["digest"]
-            mean, scale = file.get_tensor("mean"), file.get_tensor("scale")
+            said = (file.metadata() or {})["space"]
+            return EachToken(file.get_tensor("mean"), file.get_tensor("scale")), said
     except (OSError, SafetensorError, KeyError) as e:
         log.warning("%s is damaged and made anew: %s", path, e)
         return None
-    found = KeySpace(base.sha256, layer, base.model.config.get_text_config().vocab_size, mean, scale)
-    return found if found.digest == digest else None

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
-from gradatim.memory.spaces import key_of
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.steering import Action, Steering
-from gradatim.types import MemoryEntry, MemorySpace
+from gradatim.types import MemoryEntry
 
 Floats = NDArray[np.float32]
 _LEAST_KERNEL = 0.005  # what is farther away is not looked at
@@ -53,7 +53,7 @@ class TokenUse:
 class Source(Protocol):
     """The memory, as seen from a request."""
 
-    def near(self, tenant: str, space: str, key: Floats, floor: float) -> Neighbourhood: ...
+    def near(self, tenant: str, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood: ...
 
     def version(self, tenant: str) -> int: ...
 
@@ -93,7 +93,7 @@ def steering_of(found: Neighbourhood, config: MemoryConfig) -> Steering:
 class Recall:
     """Implements ``protocols.Recollection``. Used by the engine's thread, and read by its owner afterwards."""
 
-    def __init__(self, source: Source, config: MemoryConfig, tenant: str, space: MemorySpace) -> None:
+    def __init__(self, source: Source, config: MemoryConfig, tenant: str, space: KeySpace[Turn]) -> None:
         self.tenant, self.space = tenant, space
         self.key: Floats | None = None
         self.tokens = TokenUse()
@@ -104,7 +104,7 @@ class Recall:
 
     def place(self, key: Floats) -> None:
         """Where its prompt lies as it was asked; what stands in it besides, when it is read, is not to move it."""
-        self.key = key_of(key)
+        self.key = self.space.key(key)
         self._look()
 
     def situate(self, key: Floats) -> None:
@@ -126,7 +126,7 @@ class Recall:
         assert self.key is not None, "situate first"
         if not self._config.decisions:
             return
-        self._found = self._source.near(self.tenant, self.space.id, self.key, floor_of(self._config))
+        self._found = self._source.near(self.tenant, self.space, self.key, floor_of(self._config))
         self._steering = steering_of(self._found, self._config)
 
     def trace(self, tokens: Sequence[int]) -> dict[str, Any]:

@@ -6,6 +6,10 @@ and that nobody spoke against since. Nearness, worth and age say which are shown
 turns of the conversation just before the last message: every chat template can say that, and all that is the same from
 request to request stays in front of them, in the prefix cache.
 
+What consolidation retired is still what was right there, so nothing older takes its place; but the weights know it, as
+they were found to without examples in the prompt. It is not shown, and neither is what is farther: nearer than that,
+there is nothing that they lack.
+
 An engine that tells no states has no keys, and nothing is retrieved. Knows nothing of HTTP, and moves no weights.
 """
 
@@ -17,6 +21,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,13 +29,12 @@ from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
 from gradatim.memory.decisions import DecisionMemory
-from gradatim.memory.recall import Recall
+from gradatim.memory.recall import Near, Neighbourhood, Recall
 from gradatim.protocols import Engine, Recollection, Store
 from gradatim.types import AdapterId, MemoryEntry, Message, Request, Sampling, Shown, Started, StepId
 
 _TEXTS = 4096  # of situations, kept in memory
 _OVERHEAD = 8  # tokens that a chat template puts around two turns, about
-Near = Sequence[tuple[MemoryEntry, float]]  # with the cosine
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,10 @@ class Retrieval:
             return None
         recollection.place(key)
         assert recollection.key is not None
-        near = self._memory.near(
-            recollection.tenant, recollection.space.id, recollection.key, self._config.retrieval_cosine
-        ).near
-        found = await asyncio.to_thread(self._choose, near)
+        around = self._memory.near(
+            recollection.tenant, recollection.space, recollection.key, self._config.retrieval_cosine
+        )
+        found = await asyncio.to_thread(self._choose, around)
         if not found:
             return None
         self._memory.counts["shown"] += 1
@@ -135,9 +139,9 @@ class Retrieval:
                 prompt_ids = event.prompt_ids
         return prompt_ids, placing.key
 
-    def _choose(self, near: Near) -> list[Found]:
-        asked = {entry.step_id: self._asked_in(entry.step_id) for entry, _ in near}
-        found = choose(near, asked, self._config, self._clock())
+    def _choose(self, around: Neighbourhood) -> list[Found]:
+        asked = {entry.step_id: self._asked_in(entry.step_id) for entry, _ in (*around.near, *around.known)}
+        found = choose(around.near, asked, self._config, self._clock(), known=around.known)
         return within(found, self._config, self._tokens)
 
     def _tokens(self, found: Found) -> int:
@@ -153,24 +157,35 @@ class Retrieval:
         return self._asked[step_id]
 
 
-def choose(near: Near, asked: Mapping[StepId, str], config: MemoryConfig, now: float) -> list[Found]:
-    """One answer of each situation at most, the best first: exp((cosine - 1) / width) value 2^(-age / half-life)."""
+def choose(
+    near: Near, asked: Mapping[StepId, str], config: MemoryConfig, now: float, *, known: Near = ()
+) -> list[Found]:
+    """One answer of each situation at most, the best first: exp((cosine - 1) / width) value 2^(-age / half-life). What
+    is ``known`` to the weights does not age, and ends the list."""
+    retired = {entry.id for entry, _ in known}
     situations: dict[str, list[tuple[MemoryEntry, float]]] = {}
-    for entry, cosine in near:
+    for entry, cosine in (*near, *known):
         if text := asked.get(entry.step_id, ""):
             situations.setdefault(text, []).append((entry, cosine))
     out: list[Found] = []
     for text, judged in situations.items():
-        newest: dict[tuple[int, ...], tuple[MemoryEntry, float]] = {}  # by answer
-        for entry, cosine in sorted(judged, key=lambda pair: _age(pair[0])):
-            newest[entry.tokens] = entry, cosine
-        good = [pair for pair in newest.values() if pair[0].value > 0.0]
-        if good:
-            entry, cosine = max(good, key=lambda pair: _age(pair[0]))
-            halves = max(now - entry.created_at, 0.0) / config.half_life_s
+        right = _right(judged)
+        if right is not None:
+            entry, cosine = right
+            halves = 0.0 if entry.id in retired else max(now - entry.created_at, 0.0) / config.half_life_s
             score = math.exp((min(cosine, 1.0) - 1.0) / config.width) * entry.value * 0.5**halves
             out.append(Found(text, entry, cosine, score))
-    return sorted(out, key=lambda one: (-one.score, one.entry.id))
+    out.sort(key=lambda one: (-one.score, one.entry.id not in retired, one.entry.id))
+    return list(takewhile(lambda one: one.entry.id not in retired, out))
+
+
+def _right(judged: Near) -> tuple[MemoryEntry, float] | None:
+    """The newest answer of one situation that is good by the newest word on it."""
+    newest: dict[tuple[int, ...], tuple[MemoryEntry, float]] = {}  # by answer
+    for entry, cosine in sorted(judged, key=lambda pair: _age(pair[0])):
+        newest[entry.tokens] = entry, cosine
+    good = [pair for pair in newest.values() if pair[0].value > 0.0]
+    return max(good, key=lambda pair: _age(pair[0]), default=None)
 
 
 def _age(entry: MemoryEntry) -> tuple[int, float, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from gradatim.errors import StoreError
+from gradatim.memory.key_space import difference, made_with
 
 log = logging.getLogger(__name__)
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError)
@@ -81,6 +82,19 @@ class SessionFolder:
                 log.warning("%s is no sound session and is left aside: %s", path, e)
                 continue
             yield found
+
+    def tidy(self) -> None:
+        """Remove what a process that was killed left half written. StoreError."""
+        for path in self._folder.glob("*/.*"):
+            self.remove(path)
+
+    def unusable(self, ours: Mapping[str, str]) -> list[str]:
+        """What was read with another model than ``ours``, and with which."""
+        said = [
+            difference(str(path), made_with(about.base_sha256, about.tokenizer_sha256), ours)
+            for path, about, _ in self.all()
+        ]
+        return [one for one in said if one]
 
     def remove(self, path: Path) -> None:
         """StoreError where the disk refuses."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from gradatim.config import MemoryConfig
 from gradatim.errors import SessionError, StoreError, UnknownSessionError
+from gradatim.memory.key_space import difference, made_with
 from gradatim.memory.session_file import read_session, write_session
 from gradatim.memory.session_folder import About, SessionFolder
 from gradatim.nn.session import Session
@@ -249,17 +250,12 @@ class SessionStore:
                 self._remove(held)
 
     def _load(self) -> None:
+        self._folder.tidy()
         for path, about, weights in self._folder.all():
-            if (about.base_sha256, about.tokenizer_sha256) != (self._base, self._tokenizer):
+            theirs = made_with(about.base_sha256, about.tokenizer_sha256)
+            if said := difference(str(path), theirs, made_with(self._base, self._tokenizer)):
                 self.counts["foreign"] += 1
-                log.critical(
-                    "%s was read with base model %s and tokenizer %s, and these are %s and %s: it is left aside",
-                    path,
-                    about.base_sha256[:12],
-                    about.tokenizer_sha256[:12],
-                    self._base[:12],
-                    self._tokenizer[:12],
-                )
+                log.critical("%s: it is left aside", said)
                 continue
             size = path.stat().st_size
             self._held[about.tenant, about.id] = _Held(about, weights, size_bytes=size)

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from gradatim.memory.key_space import KeySpace
+from gradatim.memory.key_space import EachToken, KeySpace
 from gradatim.memory.knn_gate import Gate
 from gradatim.memory.token_file import replace
 
@@ -21,7 +21,9 @@ FILE = Path(__file__).with_name("smollm2.safetensors")
 _MEAN, _SCALE = "space.mean", "space.scale"
 
 
-def shipped(base_sha256: str, layer: int, vocabulary: int, path: Path = FILE) -> tuple[KeySpace, Gate] | None:
+def shipped(
+    base_sha256: str, tokenizer_sha256: str, layer: int, path: Path = FILE
+) -> tuple[KeySpace[EachToken], Gate] | None:
     """None where there is none for that layer of that base model."""
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
@@ -29,13 +31,14 @@ def shipped(base_sha256: str, layer: int, vocabulary: int, path: Path = FILE) ->
     if base_sha256 not in json.loads(header["bases"]) or layer != int(header["layer"]):
         return None
     gate = Gate()
-    space = KeySpace(base_sha256, layer, vocabulary, tensors.pop(_MEAN).numpy(), tensors.pop(_SCALE).numpy())
+    pooling = EachToken(tensors.pop(_MEAN).numpy(), tensors.pop(_SCALE).numpy())
     gate.load_state_dict(tensors)
-    return space, gate.requires_grad_(False).eval()
+    return KeySpace(base_sha256, tokenizer_sha256, (layer,), pooling), gate.requires_grad_(False).eval()
 
 
-def write_shipped(path: Path, bases: Sequence[str], space: KeySpace, gate: Gate) -> None:
+def write_shipped(path: Path, bases: Sequence[str], space: KeySpace[EachToken], gate: Gate) -> None:
     """``bases``: digests of that model, one for each type of its numbers."""
-    tensors = {_MEAN: torch.from_numpy(space.mean), _SCALE: torch.from_numpy(space.scale), **gate.state_dict()}
-    header = {"bases": json.dumps(sorted(bases)), "layer": str(space.layer)}
+    mean, scale = torch.from_numpy(space.pooling.mean), torch.from_numpy(space.pooling.scale)
+    tensors = {_MEAN: mean, _SCALE: scale, **gate.state_dict()}
+    header = {"bases": json.dumps(sorted(bases)), "layer": str(space.layers[0])}
     replace(path, save({name: x.contiguous() for name, x in tensors.items()}, header))

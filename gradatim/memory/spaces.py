@@ -1,83 +1,93 @@
-"""Key spaces: what a key depends on, how a model's state becomes a key, and how a key is kept.
+"""The key spaces that requests come in, whose keys may stand in for those that one of them lacks, and the keys of
+answers that wait for their judgement.
 
-Adapters change hidden states, so a key belongs to the weights that made it; keys of two spaces are not compared
-unless a check has said that they may. The mean state over the task's turn has a few dimensions that outweigh all the
-others; it is scaled to a root mean square of 1 and each number cut off at 1, which needs no statistics of anybody's
-data: what is forgotten leaves no trace in the keys of others.
+No locks and no files: its owner has both. Knows nothing of entries.
 """
 
 from __future__ import annotations
 
-import hashlib
-import zlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Sequence
 
-import numpy as np
-from numpy.typing import NDArray
+from gradatim.memory.key_space import Floats, KeySpace, Turn, to_bytes
+from gradatim.types import AdapterId, MemoryKey, MemorySpace, StepId
 
-from gradatim.errors import ForeignMemoryError, MemoryKeyError
-from gradatim.types import AdapterId, MemorySpace
-
-Floats = NDArray[np.float32]
-_RULE = "mean over the last message, rms 1, cut at 1"
+_RECENT = 4096  # keys of answers that wait for their feedback
+_MOST = 4  # that keys are made for: live, canary, holdback and the base
 
 
-def make_space(
-    *,
-    base_sha256: str,
-    tokenizer_sha256: str,
-    adapter_id: AdapterId,
-    adapter_sha256: str,
-    layers: tuple[int, ...],
-    now: float,
-) -> MemorySpace:
-    """The space of keys that these weights make."""
-    parts = (base_sha256, tokenizer_sha256, adapter_sha256, ",".join(map(str, layers)), _RULE)
-    return MemorySpace(
-        id=hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32],
-        base_sha256=base_sha256,
-        tokenizer_sha256=tokenizer_sha256,
-        adapter_id=adapter_id,
-        adapter_sha256=adapter_sha256,
-        layers=layers,
-        created_at=now,
-    )
+class Spaces:
+    """``base``: the space of the base alone."""
 
+    def __init__(self, base: KeySpace[Turn], kept: Sequence[MemorySpace]) -> None:
+        self.base = base
+        self.untended = True  # some step may lack a key
+        self._rows = {row.id: row for row in kept}
+        self._wanted: OrderedDict[str, KeySpace[Turn]] = OrderedDict()
+        self._bridges: dict[str, str] = {}  # space -> the one whose keys may stand in for those that it lacks
+        self._recent: OrderedDict[StepId, tuple[str, Floats]] = OrderedDict()
 
-def check_space(space: MemorySpace, base_sha256: str, tokenizer_sha256: str) -> None:
-    """ForeignMemoryError where it is of another base model or tokenizer than these; empty ones are not compared."""
-    for what, theirs, ours in (
-        ("base model", space.base_sha256, base_sha256),
-        ("tokenizer", space.tokenizer_sha256, tokenizer_sha256),
-    ):
-        if ours and theirs != ours:
-            raise ForeignMemoryError(
-                f"what is remembered was made with another {what}: its digest is {theirs}, that of the one that is "
-                f"served is {ours}. Serve the one it was made with, or begin anew: gradatim memory forget all"
-            )
+    def __len__(self) -> int:
+        return len(self._rows)
 
+    def expect(self, adapter_id: AdapterId, adapter_sha256: str, now: float) -> KeySpace[Turn]:
+        """Requests come in the space of these weights."""
+        space = self.base.under(adapter_id, adapter_sha256)
+        self._rows.setdefault(space.id, space.kept(now))
+        self.untended = self.untended or space.id not in self._wanted
+        self._wanted[space.id] = space
+        self._wanted.move_to_end(space.id)
+        while len(self._wanted) > _MOST:
+            self._wanted.popitem(last=False)
+        return space
 
-def key_of(state: Floats) -> Floats:
-    """A unit vector of a mean state (H,). MemoryKeyError where that is no vector of numbers."""
-    x = np.asarray(state, dtype=np.float64)
-    rms = float(np.sqrt(np.mean(x * x))) if x.ndim == 1 and x.size else float("nan")
-    if not np.isfinite(rms) or rms == 0.0:
-        raise MemoryKeyError("a key must be a vector of finite numbers that are not all zero")
-    x = np.clip(x / rms, -1.0, 1.0)
-    x16 = (x / np.linalg.norm(x)).astype("<f2")  # what is kept is what is searched, before and after a restart
-    return x16.astype(np.float32)
+    def wanted(self) -> list[KeySpace[Turn]]:
+        """Those that keys are made for, the newest first."""
+        return list(reversed(self._wanted.values()))
 
+    def wants(self, space: str) -> bool:
+        return space in self._wanted
 
-def to_bytes(key: Floats) -> bytes:
-    blob = key.astype("<f2").tobytes()
-    return blob + zlib.crc32(blob).to_bytes(4, "little")
+    def unwanted(self, space: str) -> None:
+        """Its weights are gone."""
+        self._wanted.pop(space, None)
 
+    def needed(self) -> set[str]:
+        """Whose keys answers may be given with."""
+        return {*self._wanted, *self._bridges.values()}
 
-def from_bytes(blob: bytes) -> Floats:
-    """MemoryKeyError where it is damaged."""
-    body, crc = blob[:-4], blob[-4:]
-    if len(blob) < 6 or zlib.crc32(body).to_bytes(4, "little") != crc:
-        raise MemoryKeyError("a key is damaged: its checksum does not fit")
-    key = np.frombuffer(body, dtype="<f2").astype(np.float32)
-    if not np.isfinite(key).all():
-        raise MemoryKeyError("a key holds what is no number")
-    return key
+    def bridge(self, space: str, to: str | None) -> None:
+        """Keys of ``to`` may stand in; None: no longer."""
+        self._bridges.pop(space, None)
+        if to is not None:
+            self._bridges[space] = to
+
+    def stand_in(self, space: str) -> str | None:
+        return self._bridges.get(space)
+
+    def rows_of(self, keys: Iterable[MemoryKey]) -> list[MemorySpace]:
+        """What a shelf has to hold beside them: a key is never kept without what it was made with."""
+        return [self._rows[space] for space in sorted({key.space for key in keys})]
+
+    def drop(self, spaces: Collection[str]) -> None:
+        """They are gone from the shelf."""
+        for space in spaces:
+            self._rows.pop(space, None)
+
+    # ---------------------------------------------------------------------------------------------- waiting
+
+    def wait(self, step_ids: Sequence[StepId], space: str, key: Floats) -> None:
+        """Keep the key of an answer until it is judged."""
+        for step_id in step_ids:
+            self._recent[step_id] = space, key
+        while len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+
+    def waiting(self, step_ids: Iterable[StepId]) -> list[MemoryKey]:
+        """Of those of them that have one."""
+        found = {step_id: self._recent[step_id] for step_id in step_ids if step_id in self._recent}
+        return [MemoryKey(step_id=step, space=space, key=to_bytes(key)) for step, (space, key) in found.items()]
+
+    def forget_waiting(self) -> None:
+        """Whose they are is not known; they can be made anew."""
+        self._recent.clear()

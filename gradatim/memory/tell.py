@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from gradatim.errors import GradatimError, OverloadedError, UnknownAdapterError
 from gradatim.memory.decisions import DecisionMemory
+from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.protocols import Store
-from gradatim.types import AdapterId, MemoryEntry, MemorySpace
+from gradatim.types import AdapterId, MemoryEntry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,9 +36,9 @@ class Teller:
     async def turn(self) -> bool:
         """Read a few answers. True if there was one to read. An engine that is busy is left alone."""
         lacking = await asyncio.to_thread(self._memory.untold, _ANSWERS, frozenset(self._unread))
-        for entry, space, adapter_id in lacking:
+        for entry, space in lacking:
             try:
-                await self._tell(entry, space, adapter_id)
+                await self._tell(entry, space)
             except OverloadedError:
                 return False
             except UnknownAdapterError:
@@ -47,12 +48,13 @@ class Teller:
             await asyncio.to_thread(self._tokens.maintain)
         return bool(lacking)
 
-    async def _tell(self, entry: MemoryEntry, space: MemorySpace, adapter_id: AdapterId) -> None:
+    async def _tell(self, entry: MemoryEntry, space: KeySpace[Turn]) -> None:
         try:
             step = await asyncio.to_thread(self._store.step, id=entry.step_id)
             if step is None:
                 raise ValueError("it is not in the store")
-            states = await self._states((*step.prompt_ids, *entry.tokens[:-1]), len(step.prompt_ids) - 1, adapter_id)
+            ids = (*step.prompt_ids, *entry.tokens[:-1])
+            states = await self._states(ids, len(step.prompt_ids) - 1, space.adapter_id)
             await asyncio.to_thread(self._memory.tell, entry, space, states)
         except (OverloadedError, UnknownAdapterError):
             raise

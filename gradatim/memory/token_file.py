@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from gradatim.errors import ForeignMemoryError, StoreError
-from gradatim.memory.key_space import KeySpace
+from gradatim.memory.key_space import EachToken, KeySpace, made_with
 
 TRUTH_FILE = "tokens.safetensors"
 INDEX_FILE = "index.safetensors"
-_FORMAT = "1"
+_FORMAT = "2"
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 
 Spans = tuple[tuple[int, int, bytes], ...]
@@ -37,7 +37,7 @@ _Arrays = dict[str, NDArray[Any]]
 class Snapshot:
     """All that a store holds. Rows that belong to no source were removed, and are zero."""
 
-    space: KeySpace
+    space: KeySpace[EachToken]
     keys: NDArray[np.float16]  # (N, D)
     tokens: NDArray[np.int32]  # (N,)
     sources: Mapping[str, list[tuple[int, int]]]  # rows [start, end) of each
@@ -50,13 +50,12 @@ def write(folder: Path, held: Snapshot) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "keys": held.keys,
         "tokens": held.tokens,
-        "mean": space.mean,
-        "scale": space.scale,
+        "mean": space.pooling.mean,
+        "scale": space.pooling.scale,
     }
     header = {
         "format": _FORMAT,
-        "space_sha256": space.digest,
-        "space": json.dumps([space.base_sha256, space.adapter_sha256, space.layer, space.vocabulary]),
+        "space": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers, space.adapter_sha256]),
         "sources": json.dumps(held.sources),
     }
     pieces: dict[str, NDArray[Any]] = {
@@ -73,21 +72,41 @@ def write(folder: Path, held: Snapshot) -> None:
         raise StoreError(f"cannot write the memory {folder}: {e.strerror}") from e
 
 
-def read(folder: Path, space: KeySpace) -> tuple[Snapshot, str]:
+def read(folder: Path, space: KeySpace[EachToken]) -> tuple[Snapshot, str]:
     """What was written, and why its index is not among it: empty where it is. ForeignMemoryError where it was made in
     another key space; StoreError where it is damaged or cannot be read."""
     path = folder / TRUTH_FILE
     try:
         arrays, header = _read(path)
-        base, adapter, layer, vocabulary = json.loads(header["space"])
-        theirs = KeySpace(base, layer, vocabulary, arrays["mean"], arrays["scale"], adapter_sha256=adapter)
+        base, tokenizer, layers, adapter = _space(header)
+        theirs = KeySpace(base, tokenizer, layers, EachToken(arrays["mean"], arrays["scale"]), adapter)
         sources = {s: [(a, b) for a, b in spans] for s, spans in json.loads(header["sources"]).items()}
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
-    if theirs.digest != space.digest:
+    if theirs.id != space.id:
         raise ForeignMemoryError(f"{path} was made in another key space: {theirs}, but this is {space}")
     segments, fault = _segments(folder / INDEX_FILE, header["sha256"])
     return Snapshot(space, arrays["keys"], arrays["tokens"], sources, segments), fault
+
+
+def about(folder: Path) -> tuple[Mapping[str, str], frozenset[str]]:
+    """What a written one was made with, and its sources; it is looked at no further. StoreError where it is damaged or
+    absent."""
+    path = folder / TRUTH_FILE
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+        return made_with(*_space(header)[:3]), frozenset(json.loads(header["sources"]))
+    except _UNSOUND as e:
+        raise StoreError(f"{path} is no sound memory: {e}") from e
+
+
+def _space(header: Mapping[str, str]) -> tuple[str, str, tuple[int, ...], str]:
+    """Digests of the base model and the tokenizer, layers, and the digest of the weights."""
+    if header["format"] != _FORMAT:
+        raise ValueError(f"its format is {header['format']}, and this is {_FORMAT}")
+    base, tokenizer, layers, adapter = json.loads(header["space"])
+    return base, tokenizer, tuple(layers), adapter
 
 
 def _segments(path: Path, of: str) -> tuple[Spans, str]:

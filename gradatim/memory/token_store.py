@@ -1,8 +1,8 @@
 """What one tenant's answers looked like from inside: per token, the state that predicted it and the token itself.
 
 The keys and values of a token kNN-LM (arXiv:1911.00172, sec. 2), held by source, so that a correction can be revised
-and a person forgotten. It knows no probabilities, no gates and no judgement: what is worth remembering is decided
-elsewhere.
+and a person forgotten: what came next, beside a key index. It knows no probabilities, no gates and no judgement: what
+is worth remembering is decided elsewhere.
 
 Shapes: n tokens of one source, D size of the hidden state, B queries, K neighbours.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from torch import Tensor
 from gradatim.errors import MemoryKeyError, StoreError
 from gradatim.memory import token_file
 from gradatim.memory.key_index import HOT_ROWS, KeyIndex
-from gradatim.memory.key_space import KeySpace
+from gradatim.memory.key_space import EachToken, KeySpace
 
 log = logging.getLogger(__name__)
 
@@ -37,88 +37,79 @@ class Neighbours:
 
 
 class TokenStore:
-    """Of one tenant: nothing of another's is ever searched. All methods may be called from any thread."""
+    """Of one tenant: nothing of another's is ever searched. ``vocabulary``: tokens are below it. All methods may be
+    called from any thread."""
 
-    def __init__(self, space: KeySpace, *, hot_rows: int = HOT_ROWS) -> None:
-        self.space = space
-        self._index = KeyIndex(space.width, hot_rows=hot_rows)
+    def __init__(self, space: KeySpace[EachToken], vocabulary: int, *, hot_rows: int = HOT_ROWS) -> None:
+        self.space, self.vocabulary = space, vocabulary
+        self._index = KeyIndex(space.pooling.width, hot_rows=hot_rows)
         self._hot_rows = hot_rows
         self._lock = threading.RLock()
         self._tokens: NDArray[np.int32] = np.zeros(1024, np.int32)  # (capacity,)
-        self._sources: dict[str, list[range]] = {}  # rows of each
 
     def __len__(self) -> int:
         """Entries that can be found."""
-        return self._index.rows - self._index.removed
+        return len(self._index)
 
     @property
-    def wasted(self) -> int:
-        """Entries that were removed and still take room."""
-        return self._index.removed
+    def index(self) -> KeyIndex:
+        """To be looked at, and sealed."""
+        return self._index
 
     @property
     def sources(self) -> frozenset[str]:
-        return frozenset(self._sources)
-
-    @property
-    def ready_to_seal(self) -> bool:
-        """Enough entries are new for ``seal`` to pay."""
-        return self._index.full
-
-    def seal(self) -> None:
-        """Make searches of what is new faster. Takes seconds; may run in a thread while others use the store."""
-        self._index.seal()
+        return self._index.names
 
     def add(self, source: str, hidden: Tensor, tokens: Tensor) -> range:
         """Remember that after the state ``hidden[i]`` came ``tokens[i]``; visible to the next search. Gives the rows.
 
         hidden (n, D) of the space's layer, tokens (n,). MemoryKeyError where a state is not finite or a token is none.
         """
-        values = tokens.detach().cpu().numpy().astype(np.int64)
-        if hidden.shape != (len(values), self.space.width):
-            raise MemoryKeyError(f"states {tuple(hidden.shape)} for {len(values)} tokens and width {self.space.width}")
-        if len(values) and not (values.min() >= 0 and values.max() < self.space.vocabulary):
-            raise MemoryKeyError(f"a token is outside of the vocabulary of {self.space.vocabulary}")
-        return self._take(source, self.space.keys(hidden), values)
-
-    def _take(self, source: str, keys: NDArray[np.float32], tokens: NDArray[np.int64]) -> range:
+        keys, values = self._checked(hidden, tokens)
         with self._lock:
-            rows = self._index.add(keys)
-            if rows.stop > len(self._tokens):
-                grown = np.zeros(max(rows.stop, 2 * len(self._tokens)), np.int32)
-                grown[: rows.start] = self._tokens[: rows.start]
-                self._tokens = grown
-            self._tokens[rows.start : rows.stop] = tokens
-            self._sources.setdefault(source, []).append(rows)
-            return rows
+            return self._say(self._index.add(source, keys), values)
 
     def revise(self, source: str, hidden: Tensor, tokens: Tensor) -> range:
         """Replace all that a source had said, in one step for searches. Where the new is refused the old stays."""
+        keys, values = self._checked(hidden, tokens)
         with self._lock:
-            before = self._sources.pop(source, [])
-            try:
-                rows = self.add(source, hidden, tokens)
-            except MemoryKeyError:
-                if before:
-                    self._sources[source] = before
-                raise
-            self._remove(before)
-            return rows
+            rows, gone = self._index.replace(source, keys)
+            self._unsay(gone)
+            return self._say(rows, values)
 
     def forget(self, source: str) -> int:
         """Remove all that a source said, for the next search already. How many entries that were."""
         with self._lock:
-            return self._remove(self._sources.pop(source, []))
+            return self._unsay(self._index.remove(source))
 
-    def _remove(self, spans: list[range]) -> int:
+    def _checked(self, hidden: Tensor, tokens: Tensor) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        values = tokens.detach().cpu().numpy().astype(np.int64)
+        width = self.space.pooling.width
+        if hidden.shape != (len(values), width):
+            raise MemoryKeyError(f"states {tuple(hidden.shape)} for {len(values)} tokens and width {width}")
+        if len(values) and not (values.min() >= 0 and values.max() < self.vocabulary):
+            raise MemoryKeyError(f"a token is outside of the vocabulary of {self.vocabulary}")
+        return self._keys(hidden), values
+
+    def _keys(self, hidden: Tensor) -> NDArray[np.float32]:
+        return self.space.pooling.keys(hidden.detach().float().cpu().numpy())
+
+    def _say(self, rows: range, tokens: NDArray[Any]) -> range:
+        if rows.stop > len(self._tokens):
+            grown = np.zeros(max(rows.stop, 2 * len(self._tokens)), np.int32)
+            grown[: rows.start] = self._tokens[: rows.start]
+            self._tokens = grown
+        self._tokens[rows.start : rows.stop] = tokens
+        return rows
+
+    def _unsay(self, spans: list[range]) -> int:
         for rows in spans:
-            self._index.remove(rows)
             self._tokens[rows.start : rows.stop] = 0
         return sum(map(len, spans))
 
     def search(self, hidden: Tensor, k: int) -> Neighbours:
         """The nearest to states (B, D); none for a state that is not finite."""
-        keys = self.space.keys(hidden)
+        keys = self._keys(hidden)
         sound = np.asarray(np.isfinite(keys).all(axis=1))
         with self._lock:
             distances, rows = self._index.search(np.where(sound[:, None], keys, np.float32(0)), k)
@@ -126,27 +117,29 @@ class TokenStore:
         distances[~sound], tokens[~sound], rows[~sound] = np.inf, -1, -1
         return Neighbours(distances, tokens, rows)
 
-    def source_of(self, row: int) -> str | None:
-        """Who said what stands in that row; None where it was removed."""
+    def said(self) -> dict[str, tuple[int, ...]]:
+        """The tokens of each source, in the order in which they came."""
         with self._lock:
-            return next((s for s, spans in self._sources.items() if any(row in span for span in spans)), None)
-
-    def entries(self) -> Iterator[tuple[str, NDArray[np.float16], NDArray[np.int32]]]:
-        """(source, keys (n, D), tokens (n,)) of all that can be found, oldest first."""
-        with self._lock:
-            keys, tokens = self._index.keys(), self._tokens[: self._index.rows].copy()
-            spans = sorted((r.start, r.stop, s) for s, rows in self._sources.items() for r in rows)
-        for start, end, source in spans:
-            yield source, keys[start:end], tokens[start:end]
+            spans, tokens = self._index.spans(), self._tokens
+            return {s: tuple(t for a, b in some for t in tokens[a:b].tolist()) for s, some in spans.items()}
 
     def compacted(self) -> TokenStore:
-        """A store that holds the same and never held what was removed."""
-        out = TokenStore(self.space, hot_rows=self._hot_rows)
-        for source, keys, tokens in self.entries():
-            out._take(source, keys.astype(np.float32), tokens.astype(np.int64))
-        if out.ready_to_seal:
-            out.seal()
+        """A store of the same that never held what was removed; see ``KeyIndex.compacted``."""
+        out = TokenStore(self.space, self.vocabulary, hot_rows=self._hot_rows)
+        with self._lock:
+            left = self._tokens[: self._index.rows][self._index.alive()]
+            out._index = self._index.compacted()
+        out._say(range(len(left)), left)
+        if out._index.full:
+            out._index.seal()
         return out
+
+    def stands_for(self, other: TokenStore, rows: int) -> bool:
+        """See ``KeyIndex.stands_for``."""
+        if not self._index.stands_for(other.index, rows):
+            return False
+        self._tokens[: self._index.rows][~self._index.alive()] = 0
+        return True
 
     def save(self, folder: Path) -> None:
         """Write it, without what was removed, so that a crash leaves the whole new store or the whole old one.
@@ -156,23 +149,19 @@ class TokenStore:
                 self.space,
                 self._index.keys(),
                 self._tokens[: self._index.rows].copy(),
-                {s: [(r.start, r.stop) for r in rows] for s, rows in self._sources.items()},
+                self._index.spans(),
                 tuple((s.start, s.end, s.to_bytes()) for s in self._index.segments()),
             )
         token_file.write(folder, held)
 
     @classmethod
-    def load(cls, folder: Path, space: KeySpace, *, hot_rows: int = HOT_ROWS) -> TokenStore:
+    def load(cls, folder: Path, space: KeySpace[EachToken], vocabulary: int, *, hot_rows: int = HOT_ROWS) -> TokenStore:
         """What was saved; a search index that is not sound is built again. ForeignMemoryError where it was made in
         another key space, with both digests; StoreError where it is damaged or absent."""
         held, fault = token_file.read(folder, space)
-        store = cls(space, hot_rows=hot_rows)
-        store._tokens = held.tokens.copy()
-        store._sources = {s: [range(a, b) for a, b in spans] for s, spans in held.sources.items()}
-        alive = np.zeros(len(held.tokens), np.bool_)
-        for rows in (r for spans in store._sources.values() for r in spans):
-            alive[rows.start : rows.stop] = True
-        store._index.fill(held.keys, alive)
+        store = cls(space, vocabulary, hot_rows=hot_rows)
+        store._say(range(len(held.tokens)), held.tokens)
+        store._index.fill(held.keys, held.sources)
         if not fault:
             try:
                 store._index.restore(held.segments)
@@ -180,6 +169,6 @@ class TokenStore:
                 fault = str(e)
         if fault:
             log.warning("the search index is built again: %s", fault)
-        if store.ready_to_seal:
-            store.seal()
+        if store._index.full:
+            store._index.seal()
         return store

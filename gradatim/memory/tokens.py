@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 
 from gradatim.errors import StoreError
-from gradatim.memory.key_space import KeySpace, in_space_of
+from gradatim.memory.key_space import EachToken, KeySpace, Turn
 from gradatim.memory.knn_lm import KnnLm
 from gradatim.memory.recall import Recall
 from gradatim.memory.token_folders import TokenFolders
 from gradatim.memory.token_store import TokenStore
 from gradatim.protocols import Recollection
-from gradatim.types import AdapterId, MemoryEntry, MemorySpace
+from gradatim.types import MemoryEntry
 
 log = logging.getLogger(__name__)
-_WORTH_COMPACTING = 4096  # entries that were removed
 _WRITE_EVERY_S = 30.0
-_HOT_ROWS = 4096  # searched exactly, at a millisecond; those before them through the index
+HOT_ROWS = 4096  # searched exactly, at a millisecond; those before them through the index
 Key = tuple[str, str]  # tenant and space
 
 
@@ -44,14 +43,26 @@ class _Held:
 
 
 class TokenMemory:
-    """Implements ``protocols.TokenMixer``. ``space`` is that of the base alone; ``max_tokens`` bounds each store,
-    ``folders`` is where they are written (None: nowhere).
+    """Implements ``protocols.TokenMixer``. ``space`` is that of the base alone, ``vocabulary`` how many tokens there
+    are; ``max_tokens`` bounds each store, ``folders`` is where they are written (None: nowhere).
+
+    The spaces that its methods are given are those of the requests, whose weights it reads the answers with.
 
     What changes it is called by its owner under the owner's lock; ``mix``, ``maintain`` and ``stats`` by anybody.
     """
 
-    def __init__(self, space: KeySpace, knn: KnnLm, *, max_tokens: int, folders: TokenFolders | None = None) -> None:
-        self.space = space
+    def __init__(
+        self,
+        space: KeySpace[EachToken],
+        knn: KnnLm,
+        *,
+        vocabulary: int,
+        max_tokens: int,
+        folders: TokenFolders | None = None,
+        hot_rows: int = HOT_ROWS,
+    ) -> None:
+        self.space, self.vocabulary = space, vocabulary
+        self._hot_rows = hot_rows
         self._knn, self._max_tokens, self._folders = knn, max_tokens, folders
         self._lock = threading.Lock()  # of the stores' table; never held while anything is searched or built
         self._held: dict[Key, _Held] = {}
@@ -95,21 +106,21 @@ class TokenMemory:
 
     # ------------------------------------------------------------------------------------------- filling
 
-    def complete(self, revision: int, spaces: Sequence[tuple[MemorySpace, AdapterId]]) -> bool:
+    def complete(self, revision: int, spaces: Sequence[KeySpace[Turn]]) -> bool:
         """Whether nothing was lacking when it was looked for, and nothing has changed since."""
-        return self._complete == (revision, frozenset(space.id for space, _ in spaces))
+        return self._complete == (revision, frozenset(space.id for space in spaces))
 
     def lacking(
         self,
         revision: int,
         told: Sequence[MemoryEntry],
-        spaces: Sequence[tuple[MemorySpace, AdapterId]],
+        spaces: Sequence[KeySpace[Turn]],
         but: Set[tuple[str, str]],
-    ) -> list[tuple[MemoryEntry, MemorySpace, AdapterId]]:
+    ) -> list[tuple[MemoryEntry, KeySpace[Turn]]]:
         """Which of ``told`` should be in the stores of ``spaces`` and are not, ``but`` for some (entry, space): in the
         order of the spaces, the newest answer first. What should not be there is dropped. ``revision`` is that of
         what is remembered."""
-        wanted = frozenset(space.id for space, _ in spaces)
+        wanted = frozenset(space.id for space in spaces)
         fitting = self._fitting(told)
         with self._lock:
             self._held = {key: held for key, held in self._held.items() if key[1] in wanted}
@@ -117,8 +128,8 @@ class TokenMemory:
                 for entry_id in held.entries.keys() - fitting.keys():
                     self._take(held, entry_id)
             out = [
-                (entry, space, adapter_id)
-                for space, adapter_id in spaces
+                (entry, space)
+                for space in spaces
                 for entry in fitting.values()
                 if (entry.id, space.id) not in but and not self._has(entry, space)
             ]
@@ -135,21 +146,23 @@ class TokenMemory:
                 out[entry.id] = entry
         return out
 
-    def _has(self, entry: MemoryEntry, space: MemorySpace) -> bool:
+    def _has(self, entry: MemoryEntry, space: KeySpace[Turn]) -> bool:
         held = self._held.get((entry.tenant, space.id))
         return held is not None and held.entries.get(entry.id) == entry.tokens
 
-    def add(self, entry: MemoryEntry, space: MemorySpace, states: Tensor) -> None:
+    def add(self, entry: MemoryEntry, space: KeySpace[Turn], states: Tensor) -> None:
         """``states`` (T, H) that the tokens of the entry come after. MemoryKeyError: nothing has changed."""
         with self._lock:
             key = (entry.tenant, space.id)
-            held = self._held.get(key) or _Held(
-                TokenStore(in_space_of(self.space, space.adapter_sha256), hot_rows=_HOT_ROWS)
-            )
+            held = self._held.get(key) or _Held(TokenStore(self._own(space), self.vocabulary, hot_rows=self._hot_rows))
             held.store.revise(entry.id, states, torch.tensor(entry.tokens))
             held.entries[entry.id] = entry.tokens
             held.unwritten = True
             self._held[key] = held
+
+    def _own(self, space: KeySpace[Turn]) -> KeySpace[EachToken]:
+        """Its own keys of the same weights."""
+        return self.space.under(space.adapter_id, space.adapter_sha256)
 
     def drop(self, tenant: str, entry_id: str) -> None:
         """Out of every space, and from disk."""
@@ -184,11 +197,10 @@ class TokenMemory:
             all_held = list(self._held.values())
         due = time.monotonic() - self._written_at >= _WRITE_EVERY_S
         for held in all_held:
-            store = held.store
-            if store.wasted > max(_WORTH_COMPACTING, len(store)):
-                self._put(held, store, store.compacted())
-            elif store.ready_to_seal:
-                store.seal()
+            if held.store.index.worn:
+                self._compact(held)
+            elif held.store.index.full:
+                held.store.index.seal()
         if due:
             self.write()
 
@@ -209,38 +221,34 @@ class TokenMemory:
             return
         drops, held.unwritten = held.drops, False
         try:
-            held.store.save(self._folders.path(key[0], held.store.space.digest))
+            held.store.save(self._folders.path(key[0], held.store.space.id))
         except StoreError as e:
             held.unwritten = True
             self._counts["unwritten"] += 1
             log.error("%s", e)
         with self._lock:
-            self._folders.keep(
-                key[0], {h.store.space.digest for (owner, _), h in self._held.items() if owner == key[0]}
-            )
+            self._folders.keep(key[0], {h.store.space.id for (owner, _), h in self._held.items() if owner == key[0]})
             if held.drops != drops:
                 self._erase(key[0], "one that was dropped")
 
-    def written(
-        self, told: Sequence[MemoryEntry], spaces: Sequence[tuple[MemorySpace, AdapterId]]
-    ) -> Iterator[tuple[Key, _Held]]:
+    def written(self, told: Sequence[MemoryEntry], spaces: Sequence[KeySpace[Turn]]) -> Iterator[tuple[Key, _Held]]:
         """Stores that lie on disk and were not looked for yet. What is damaged or foreign is left, and made anew."""
         for tenant in dict.fromkeys(entry.tenant for entry in told):
-            for space, _ in spaces:
+            for space in spaces:
                 key = (tenant, space.id)
                 if self._folders is None or key in self._looked_for:
                     continue
                 self._looked_for.add(key)
-                own = in_space_of(self.space, space.adapter_sha256)
-                path = self._folders.path(tenant, own.digest)
+                own = self._own(space)
+                path = self._folders.path(tenant, own.id)
                 if not path.exists():
                     continue
                 try:
-                    store = TokenStore.load(path, own, hot_rows=_HOT_ROWS)
+                    store = TokenStore.load(path, own, self.vocabulary, hot_rows=self._hot_rows)
                 except StoreError as e:
                     log.warning("a token memory is made anew: %s", e)
                     continue
-                yield key, _Held(store, {source: tuple(tokens.tolist()) for source, _, tokens in store.entries()})
+                yield key, _Held(store, store.said())
 
     def adopt(self, key: Key, held: _Held, told: Sequence[MemoryEntry]) -> None:
         """Take a store over, but for what is not remembered as it is there."""
@@ -255,12 +263,13 @@ class TokenMemory:
             if stale:
                 self._erase(key[0], stale[0])
 
-    def _put(self, held: _Held, before: TokenStore, after: TokenStore) -> None:
-        """Unless something was added in the meantime; what was dropped is dropped again."""
+    def _compact(self, held: _Held) -> None:
+        """Unless something was added in the meantime."""
+        before = held.store
+        rows = before.index.rows
+        after = before.compacted()
         with self._lock:
-            if held.store is before and held.entries.keys() <= after.sources:
-                for entry_id in after.sources - held.entries.keys():
-                    after.forget(entry_id)
+            if held.store is before and after.stands_for(before, rows):
                 held.store = after
 
     def stray(self, told: Sequence[MemoryEntry]) -> list[str]:
@@ -274,10 +283,9 @@ class TokenMemory:
         """``retrieved``: the share of drawn tokens that it had a part in; ``lambda``: its mean part in those."""
         with self._lock:
             stores = [held.store for held in self._held.values()]
-        width = self.space.width
         return {
             "tokens": sum(map(len, stores)),
-            "token_bytes": sum((len(s) + s.wasted) * (2 * width + 4) for s in stores),
+            "token_bytes": sum(store.index.size_bytes + 4 * store.index.rows for store in stores),
             "drawn": self._counts["drawn"],
             "searched": self._counts["searched"],
             "retrieved": self._counts["mixed"] / max(1, self._counts["drawn"]),
