@@ -149,6 +149,7 @@ class GateConfig:
     max_cases: int = 96  # retained examples replayed, newest first within each skill
     margin: float = 0.05  # share of a skill's retained answers that may be lost
     anchor_margin: float = 0.05  # the same against the anchor, over all updates since it was set
+    unproven: Annotated[int, Field(ge=0)] = 3  # updates in a row without proof of being better than the anchor; 0: any
     alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
     repair: float = 3.0  # harm of up to this many margins has the step halved, twice at most; beyond, it is refused
     suite: str = ""  # your own cases: a JSONL file or a folder; empty: none. The loop then holds an engine of its own

@@ -312,6 +312,11 @@ def _facts(config: Config, **changes: Any) -> diagnosis.Facts:
         ({"loop": {"state": "running", "does": "failing", "error": "boom", "restarts": 0}}, "bad", "boom"),
         ({"free_bytes": 1000}, "bad", "is full"),
         ({"answers": False, "loop": None}, "bad", "does not answer"),
+        (
+            {"learning": {"proof_awaited": {"at": 1.0, "adapter": "agent@7", "reason": "4 updates in a row"}}},
+            "wait",
+            "agent@7 was held back: 4 updates in a row",
+        ),
         ({"trouble": "store: a write failed 3 s ago"}, "bad", "is not ready: store: a write failed"),
         ({"server_pid": None, "server_url": None, "answers": False, "loop": None}, "wait", "no server runs"),
         (

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradatim.app.home import Home
-from gradatim.config import Config, MemoryConfig
+from gradatim.config import Config, GateConfig, MemoryConfig
 from gradatim.errors import ConfigError
 from gradatim.store import SqlStore, open_store
 from gradatim.types import ON_THE_WAY, Adapter, AdapterId, Episode, Stage, Step, StepId
@@ -241,9 +241,14 @@ def _ratios(config: Config, store: SqlStore, base: Base | None) -> LogRatios | N
 
 
 def build_loop(
-    config: Config, store: SqlStore, base: Base, judges: tuple[AuditedReward, CreditAssigner] | None = None
+    config: Config,
+    store: SqlStore,
+    base: Base,
+    judges: tuple[AuditedReward, CreditAssigner] | None = None,
+    drift: Drift | None = None,
 ) -> Loop:
-    """``judges``: where the caller wants to look at them; else made here."""
+    """``judges``: where the caller wants to look at them; else made here. ``drift``: whose word on the lift in traffic
+    is proof to the replay gate."""
     from gradatim.examples import ExampleBuilder
     from gradatim.learner.learner import LoraLearner
     from gradatim.learner.pace import Pace
@@ -261,7 +266,8 @@ def build_loop(
     scorer = TorchScorer(base, config.learner, config.data_dir)
     renderer = Renderer(base)
     skills = PromptSkills(store, end_of_turn=renderer.completion_ids("")[-1])
-    offline = (StaticGate(store, scorer, config.gate), ReplayGate(store, scorer, config.gate))
+    replay = ReplayGate(store, scorer, _asking(config), lift=drift.lift_of if drift is not None else None)
+    offline = (StaticGate(store, scorer, config.gate), replay)
     gamed = (ProxyGate(store),) if config.reward.held_out and config.reward.gamed == "hold" else ()
     gates: dict[Stage, tuple[Gate, ...]] = {Stage.CANDIDATE: (*gamed, *offline, *_suite_gate(config, base))}
     if config.shadow.prompts:
@@ -293,6 +299,11 @@ def build_loop(
         learning=config.learner,
         rewards=config.reward,
     )
+
+
+def _asking(config: Config) -> GateConfig:
+    """Where a person puts every adapter live, none of them needs proof."""
+    return replace(config.gate, unproven=0) if config.mode == "propose" else config.gate
 
 
 def _supplied(config: Config, store: SqlStore) -> Callable[[], Sequence[StepId]] | None:

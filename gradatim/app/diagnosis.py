@@ -127,6 +127,7 @@ def _learning(facts: Facts, learning: Mapping[str, Any]) -> Iterator[Finding]:
         yield _examples(facts.config, learning)
         yield from _updates(learning)
         yield from _gamed(learning.get("gamed"), facts.config)
+        yield from _awaited(learning.get("proof_awaited"), learning["live"])
         yield from _drift(learning.get("drift"), learning["live"])
 
 
@@ -232,6 +233,13 @@ def _gamed(gamed: Mapping[str, Any] | None, config: Config) -> Iterator[Finding]
     elif len(config.critics.run) > 1 and not config.reward.held_out:
         detail = "no critic is kept for judging: whether the reward is gamed cannot be seen"
         yield Finding("reward against judges", "info", detail, "name one in reward.held_out")
+
+
+def _awaited(proof: Mapping[str, Any] | None, live: str | None) -> Iterator[Finding]:
+    """Whether updates are held back until it is proven that learning is worth it."""
+    if proof is not None:
+        way_out = f"gradatim adapters approve {live}, if it does well; or set release.base_share"
+        yield Finding("proof", "wait", f"{proof['adapter']} was held back: {proof['reason']}", way_out)
 
 
 def _drift(drift: Mapping[str, Any] | None, live: str | None) -> Iterator[Finding]:

@@ -63,13 +63,13 @@ def follow(config: Config) -> None:
             judges[0].follow(store.cursor(JUDGED))
             say_figures = Sayer(store, home, judges[0])
             say_figures()
-            loop = compose.build_loop(config, store, base, judges)
+            drift = compose.build_drift(config, store)
+            loop = compose.build_loop(config, store, base, judges, drift)
             tidy: list[Callable[[], object]] = [OptimiserStates(store, config), say_figures]
             if config.memory.consolidate:
                 tidy.append(compose.build_consolidation(config, store, base).turn)
             turn = tidily(loop.turn, *tidy)
-            critique, drift = compose.build_critique(config, store), compose.build_drift(config, store)
-            proxy = compose.build_proxy(config, store)
+            critique, proxy = compose.build_critique(config, store), compose.build_proxy(config, store)
             for watch in (drift, proxy):
                 turn = together(turn, watch.turn) if watch is not None else turn
             if critique is not None:  # in a thread: it waits for others, and learning must not wait for it
@@ -159,7 +159,8 @@ def once(config: Config) -> dict[str, Any]:
             compose.register_base(store, config, base.sha256)
             before = store.end()
             judges = compose.build_judges(config, store, base)
-            loop = compose.build_loop(config, store, base, judges)
+            drift = compose.build_drift(config, store)
+            loop = compose.build_loop(config, store, base, judges, drift)
             if (critique := compose.build_critique(config, store)) is not None:
                 with contextlib.closing(critique):
                     critique.turn(flush=True)
@@ -167,7 +168,7 @@ def once(config: Config) -> dict[str, Any]:
                 made = report.decision(store, config.name, before)
                 if made["update"] is not None and made["stage"] != "candidate":
                     break
-            for watch in (compose.build_drift(config, store), compose.build_proxy(config, store)):
+            for watch in (drift, compose.build_proxy(config, store)):
                 while watch is not None and watch.turn():
                     pass
             Sayer(store, home, judges[0])()

@@ -14,6 +14,7 @@ from gradatim.app import figures
 from gradatim.app.home import Home
 from gradatim.config import Config
 from gradatim.loop import JUDGED, LEARNED, is_ripe
+from gradatim.release.proof import awaited
 from gradatim.release.proxy import standing
 from gradatim.store import SqlStore
 from gradatim.types import (
@@ -199,6 +200,7 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
         "last_update": update_row(updates[0]) if updates else None,
         "refused_recently": _refusals(updates, _newest(store, Verdict, recent)),
         "gamed": _gamed(store, live),
+        "proof_awaited": _awaited(store),
         "drift": [_drift(v) for _, v in store.newest(Verdict, gate=DRIFT, limit=_MOST_DRIFT)],
     }
 
@@ -206,6 +208,12 @@ def learning(store: SqlStore, config: Config, *, recent: int = 50) -> Json:
 def _gamed(store: SqlStore, live: AdapterId | None) -> Json | None:
     """The alarm that the reward is gamed, where one stands."""
     told = standing(store, live)
+    return {"at": told.created_at, "adapter": told.adapter_id, "reason": told.reason} if told else None
+
+
+def _awaited(store: SqlStore) -> Json | None:
+    """What the newest candidate was refused for, where that was want of proof that it is better than the anchor."""
+    told = awaited(store)
     return {"at": told.created_at, "adapter": told.adapter_id, "reason": told.reason} if told else None
 
 

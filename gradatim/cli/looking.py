@@ -47,6 +47,7 @@ def _draw_status(console: Console, value: Json) -> None:
         "reward",
         "drift",
         "gamed",
+        "proof_awaited",
     )
     top = {k: v for k, v in value.items() if k not in apart}
     if latencies := value["feedback_to_live_s"]:
@@ -60,6 +61,8 @@ def _draw_status(console: Console, value: Json) -> None:
             console.print(output.facts(value[section], section))
     if gamed := value.get("gamed"):
         console.print(output.facts({**gamed, "at": output.when(gamed["at"])}, "the reward is gamed"))
+    if awaited := value.get("proof_awaited"):
+        console.print(output.facts({**awaited, "at": output.when(awaited["at"])}, "learning waits for proof"))
     _draw_drift(console, value.get("drift") or {"told": []})
     if last := value["last_update"]:
         console.print(output.facts({**last, "at": output.when(last["at"])}, "last update"))

@@ -114,6 +114,12 @@ class Drift:
             "lift_of_live": self._lift_now.describe(),
         }
 
+    def lift_of(self, adapter_id: AdapterId) -> float:
+        """Lower bound of what an adapter is worth more than the frozen base in traffic, by every class of sources that
+        rated both; -1 where it is not the one that is being compared."""
+        rated = self._lift_now.describe() if adapter_id == self._live else {}
+        return min((found["low"] for found in rated.values()), default=-1.0)
+
     # --------------------------------------------------------------------------------------------- requests
 
     def _ask(self, position: int, step: Step) -> list[Verdict]:

@@ -2,8 +2,8 @@
 
 What is not positively decided does not move on. Replay compares the candidate with the live adapter and with the
 anchor on the same retained examples (pairs need 25 times fewer cases than a split of traffic), skill by skill, so
-that no skill pays for another; what counts as harm is in ``harm``. Knows nothing of tensors: a Scorer tells how well
-an adapter gives a known good answer.
+that no skill pays for another; what counts as harm is in ``harm``, and how much may go live without proof of good in
+``proof``. Knows nothing of tensors: a Scorer tells how well an adapter gives a known good answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from gradatim.errors import AdapterError, LearnerError
 from gradatim.protocols import Scorer, Store
 from gradatim.release.cases import Cases
 from gradatim.release.harm import Leeway, Pairs, chance, common_harm, gained, harm, lasting_harm
-from gradatim.types import Adapter, CaseScore, Decision, Example, Update, Verdict
+from gradatim.release.proof import MISSING, REPLAY, Proof, held_out, standing
+from gradatim.types import Adapter, AdapterId, CaseScore, Decision, Example, Update, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -141,14 +142,22 @@ _GRAVITY = (Decision.PASS, Decision.REPAIR, Decision.FAIL)
 
 
 class ReplayGate:
-    """Paired replay on retained cases, and on verified ones already trained on, against live and anchor."""
+    """Paired replay on retained cases, and on verified ones already trained on, against live and anchor. ``lift``: the
+    lower bound of an adapter's over the frozen base in traffic, where some of it is answered by that."""
 
-    name = "replay"
+    name = REPLAY
 
     def __init__(
-        self, store: Store, scorer: Scorer, config: GateConfig, *, clock: Callable[[], float] = time.time
+        self,
+        store: Store,
+        scorer: Scorer,
+        config: GateConfig,
+        *,
+        lift: Callable[[AdapterId], float] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store, self._scorer, self._config, self._clock = store, scorer, config, clock
+        self._lift = lift
         self._cases = Cases(store, config.max_cases)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
@@ -156,19 +165,28 @@ class ReplayGate:
         trained = frozenset(update.example_ids) if update else frozenset()
         cases = self._scorable(candidate, self._cases.choose(exclude=trained))
         found = _Findings(self._config, Leeway.of(update, self._config))
+        gains: Sequence[float] = ()
         if cases:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}
             beside = scores[anchor.id] if anchor.id != live.id else None
             found.compare(cases, scores[candidate.id], scores[live.id], beside)
+            gains = gained(cases, scores[candidate.id], scores[anchor.id])
+        proof = self._proof(cases, gains, live, anchor)
+        missing = proof.missing(self._config, live, anchor) if found.decision is Decision.PASS else ""
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
             gate=self.name,
-            decision=found.decision,
+            decision=Decision.FAIL if missing else found.decision,
             against=tuple(dict.fromkeys((live.id, anchor.id))),
-            evidence={"cases": len(cases)} | found.evidence,
-            reason=found.reason or self._passed(cases),
+            evidence={"cases": len(cases)} | found.evidence | proof.evidence() | ({MISSING: 1.0} if missing else {}),
+            reason=missing or found.reason or self._passed(cases),
         )
+
+    def _proof(self, cases: Sequence[Example], gains: Sequence[float], live: Adapter, anchor: Adapter) -> Proof:
+        """By what was never trained on, and by traffic where the anchor is the base."""
+        lift = self._lift(live.id) if self._lift is not None and anchor.parent_id is None else -1.0
+        return Proof(before=standing(self._store, live, anchor), gains=held_out(cases, gains), lift=lift)
 
     def _scorable(self, candidate: Adapter, cases: Sequence[Example]) -> Sequence[Example]:
         """Without those that cannot be scored, such as an answer longer than the learner takes: one of them must not
