@@ -11,7 +11,8 @@ Softmaxes are joined by the logarithms of their sums (arXiv:2205.14135, sec. 3.1
 the window is computed again for what lies beyond it.
 
 Shapes: n queries, m keys in the window, M keys beyond it in B full blocks; H query heads, KH key heads, G = H / KH, E
-width of a head; g queries of a run that are looked up together.
+width of a head; X tiles of queries that
+attend to one block.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from gradatim.nn.session import BLOCK_TOKENS, Past
 BLOCKS = 1  # that a query chooses, besides the oldest one
 _FIRST_LAYERS = 2  # see single tokens rather than meaning: left alone
 _ROPE = ("default", "linear", "llama3")  # fixed frequencies, lengths kept
-_RUN = 32  # queries whose blocks are copied together: few enough to stay in a core's cache
+_TILE = 4  # queries of one block that are multiplied at once
 _SHUT = -1e5  # the logarithm of a sum that is to have no weight
 
 Attended = tuple[Tensor, Tensor]  # what comes out, (H, n, E), and the logarithm of the sum of the softmax, (H, n)
@@ -105,27 +106,37 @@ def _one_each(q: Tensor, pasts: Sequence[Past], wanted: Tensor, scaling: float) 
         first += past.blocks
         if not past.blocks or not bool(here.any()):
             continue
-        at = at.clamp(0, past.blocks - 1)
-        runs = [_of_run(q[:, :, i : i + _RUN], past, at[:, i : i + _RUN], scaling) for i in range(0, at.shape[1], _RUN)]
-        out, total = (torch.cat(parts, 2) for parts in zip(*runs, strict=True))
+        out, total = _dispatched(q, past, at.clamp(0, past.blocks - 1), scaling)
         found.append((out, total.masked_fill(here[:, None].logical_not(), _SHUT)))
     return found
 
 
-def _of_run(q: Tensor, past: Past, at: Tensor, scaling: float) -> Attended:
-    """q (KH, G, g, E) over the blocks at (KH, g)."""
-    heads, groups, run, width = q.shape
-    keys, values = _gathered(past.keys.all, at), _gathered(past.values.all, at)  # (KH * g, tokens, E)
-    out, total = _softmax(q.transpose(1, 2).reshape(heads * run, groups, width), keys, values, None, scaling)
-    return out.view(heads, run, groups, width).transpose(1, 2), total.view(heads, run, groups).transpose(1, 2)
+def _dispatched(q: Tensor, past: Past, at: Tensor, scaling: float) -> Attended:
+    """q (KH, G, n, E), each over its block (KH, n). Queries of one block are put together in tiles, so that a block is
+    copied once a tile and not once a query."""
+    heads, groups, n, width = q.shape
+    tile, blocks = min(_TILE, n), past.blocks
+    key = (at + torch.arange(heads, device=q.device)[:, None] * blocks).flatten()  # (KH * n,)
+    counts = torch.bincount(key, minlength=heads * blocks)
+    tiles = (counts + tile - 1) // tile  # of each block, (KH * B,)
+    order = key.argsort()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=q.device) - (counts.cumsum(0) - counts)[key[order]]
+    place += (tiles.cumsum(0) - tiles)[key] * tile  # of each query among all places in tiles
+    which = torch.arange(heads * blocks, device=q.device).repeat_interleave(tiles)  # (X,)
+    placed = q.new_zeros(len(which) * tile, groups, width)
+    placed[place] = q.transpose(1, 2).reshape(-1, groups, width)
+    keys, values = _gathered(past.keys.all, which), _gathered(past.values.all, which)  # (X, tokens, E)
+    out, total = _softmax(placed.view(len(which), tile * groups, width), keys, values, None, scaling)
+    out, total = out.reshape(-1, groups, width)[place], total.reshape(-1, groups)[place]
+    return out.view(heads, n, groups, width).transpose(1, 2), total.view(heads, n, groups).transpose(1, 2)
 
 
-def _gathered(rows: Tensor, at: Tensor) -> Tensor:
-    """The blocks (KH, g) of rows (KH, M, E): (KH * g, tokens, E)."""
+def _gathered(rows: Tensor, which: Tensor) -> Tensor:
+    """Of rows (KH, M, E) the blocks (X,), counted through all heads: (X, tokens, E)."""
     full = rows.shape[1] // BLOCK_TOKENS
     blocks = rows[:, : full * BLOCK_TOKENS].view(len(rows), full, -1)  # (KH, B, tokens * E)
-    found = torch.cat([of_head.index_select(0, which) for of_head, which in zip(blocks, at, strict=True)])
-    return found.view(-1, BLOCK_TOKENS, rows.shape[2])
+    return blocks[which // full, which % full].view(-1, BLOCK_TOKENS, rows.shape[2])
 
 
 # --------------------------------------------------------------------------------------------------- softmax
