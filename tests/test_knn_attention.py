@@ -16,7 +16,7 @@ from gradatim.errors import ForeignMemoryError, ModelError, StoreError
 from gradatim.memory.knn_attention import KnnAttention, layers_of
 from gradatim.memory.session_file import read_session, write_session
 from gradatim.nn.base import Base
-from gradatim.nn.session import Rows, rotated
+from gradatim.nn.session import Past, Rows, rotated
 from tests.far_reference import reference
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -199,6 +199,21 @@ def test_a_session_is_taken_up_again(tmp_path: Path, dtype: torch.dtype) -> None
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(StoreError, match="no sound session"):
         read_session(path, "a" * 64)
+
+
+def test_a_session_whose_keys_were_kept_wider_is_taken_up_as_if_they_had_not(tmp_path: Path) -> None:
+    """Earlier files hold the keys beyond the window in fp32."""
+    model, ids = tiny_model().to(torch.bfloat16).requires_grad_(False), text(300)
+    knn = KnnAttention(model, window=16, chunk=4, layers=(1,))
+    session = knn.session()
+    knn.score(session, ids)
+    earlier = copy.deepcopy(session)
+    past = session.layers[1].past
+    earlier.layers[1].past = Past(past.keys.all.float(), past.values.all)
+    write_session(earlier, tmp_path / "one", "a" * 64)
+    again = read_session(tmp_path / "one", "a" * 64)
+    assert again.layers[1].past.blocks == past.blocks == 4
+    assert torch.equal(knn.score(again, text(20, seed=2)), knn.score(session, text(20, seed=2)))
 
 
 @pytest.mark.parametrize("form", ["joint", "gated"])
