@@ -1,4 +1,4 @@
-"""Attention over a window and the nearest of what left it, as it is defined: slow, and in the model's own numbers."""
+"""Attention over a window and the nearest blocks of what left it, as defined: slow, and in the model's own numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradatim.nn.session import BLOCK_TOKENS
+
 
 def turned(x: Tensor, positions: Tensor, model: Any) -> Tensor:
     """RoPE in complex numbers. x (T, H, E)."""
@@ -18,12 +20,24 @@ def turned(x: Tensor, positions: Tensor, model: Any) -> Tensor:
     return torch.cat([z.real, z.imag], -1)
 
 
+def attended(queries: Tensor, keys: Tensor, count: int) -> list[int]:
+    """Which of keys (M, E) the queries (G, E) of one token attend to that share them."""
+    blocks = len(keys) // BLOCK_TOKENS
+    seen = set(range(blocks))
+    if blocks > count + 1:
+        likes = [
+            max(float(q @ keys[b * BLOCK_TOKENS :][:BLOCK_TOKENS].mean(0)) for q in queries) for b in range(blocks)
+        ]
+        seen = {0, *sorted(range(1, blocks), key=lambda b: -likes[b])[:count]}
+    return [i for i in range(len(keys)) if i // BLOCK_TOKENS in seen or i >= blocks * BLOCK_TOKENS]
+
+
 def reference(
     model: Any,
     ids: Sequence[int],
     starts: Sequence[int],
     window: int,
-    top: int,
+    blocks: int,
     layers: Sequence[int],
     form: str = "joint",
     bias: float = 0.0,
@@ -49,9 +63,11 @@ def reference(
                 values = v[start : t + 1, of]
                 if index in layers and start:
                     first = max(0, start - memory_tokens)
-                    far = k[first:start, of] @ far_q[t, head]
-                    best = first + far.topk(min(top, start - first)).indices
-                    memory = far[best - first] * attention.scaling
+                    if memory_tokens >= BLOCK_TOKENS:  # they go in blocks where there are any
+                        first = BLOCK_TOKENS * math.ceil(first / BLOCK_TOKENS)
+                    share = slice(of * attention.num_key_value_groups, (of + 1) * attention.num_key_value_groups)
+                    best = first + torch.tensor(attended(far_q[t, share], k[first:start, of], blocks))
+                    memory = k[best, of] @ far_q[t, head] * attention.scaling
                     if form == "joint":
                         weights = torch.cat([local, memory + bias]).softmax(0)
                         out[t, head] = weights @ torch.cat([values, v[best, of]])

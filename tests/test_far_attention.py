@@ -21,7 +21,7 @@ from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.sessions import SessionStore
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.lora import LoraWeights, read_adapter
-from gradatim.nn.nearest import TOP
+from gradatim.nn.nearest import BLOCKS
 from gradatim.nn.render import Renderer
 from gradatim.protocols import OpenReading
 from gradatim.testing.engine import collect
@@ -75,7 +75,7 @@ def starts(count: int, window: int = WINDOW, slide: int = SLIDE) -> list[int]:
 
 def expected(model: Any, ids: Sequence[int], answer: Sequence[int], **more: Any) -> list[float]:
     """Log-probabilities of the answer's tokens after ``ids``, in float64."""
-    fields: dict[str, Any] = {"top": TOP, "layers": (1,), "memory_tokens": BEYOND, **more}
+    fields: dict[str, Any] = {"blocks": BLOCKS, "layers": (1,), "memory_tokens": BEYOND, **more}
     every = (*ids, *answer)
     rows = reference(copy.deepcopy(model).double(), every, starts(len(every)), WINDOW, **fields).log_softmax(-1)
     return [float(rows[len(ids) - 1 + i, token]) for i, token in enumerate(answer)]
@@ -125,6 +125,15 @@ async def test_a_batch_of_all_kinds_draws_from_the_definitions_distribution(tiny
     trace = readings[0].trace()
     assert trace["kept"] == BEYOND and trace["attended"] == 12 and 0.0 < trace["share"] < 1.0
     assert readings[2].trace() == {}  # it needed no more than the window
+
+
+async def test_of_many_blocks_each_token_attends_to_its_own(tiny_base: Base, tmp_path: Path) -> None:
+    ids = words(330, 4)
+    with opened(tiny_base, tmp_path, tokens=400) as engine:
+        reading = read_on(kept(tmp_path / "s", tiny_base))
+        _, [(answer, logprobs)] = await answers(engine, asked(ids, reading))
+    assert logprobs == pytest.approx(expected(tiny_base.model, ids, answer, memory_tokens=400), abs=2e-3)
+    assert reading.trace()["kept"] == 304
 
 
 async def test_half_precision_stays_near_the_definition(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from gradatim.errors import ForeignMemoryError, ModelError, StoreError
 from gradatim.memory.knn_attention import KnnAttention, layers_of
 from gradatim.memory.session_file import read_session, write_session
 from gradatim.nn.base import Base
-from gradatim.nn.session import Rows, rotated
+from gradatim.nn.session import Past, Rows, rotated
 from tests.far_reference import reference
 from tests.tiny import VOCABULARY, tiny_model
 
@@ -50,23 +50,23 @@ def window_starts(count: int, window: int, chunk: int) -> list[int]:
 @pytest.mark.parametrize("form", ["joint", "gated"])
 @pytest.mark.parametrize(("window", "chunk"), [(12, 4), (12, 12), (9, 1), (10, 7)])
 def test_it_is_what_the_definition_says(form: Any, window: int, chunk: int) -> None:
-    model, ids = wide_model(), text(41)
-    knn = KnnAttention(model, window=window, chunk=chunk, top=5, form=form, layers=(0, 1))
+    model, ids = wide_model(), text(270)
+    knn = KnnAttention(model, window=window, chunk=chunk, blocks=1, form=form, layers=(0, 1))
     knn.heads = knn.plain_heads(0.7)
-    want = reference(model, ids, window_starts(len(ids), window, chunk), window, 5, (0, 1), form, 0.7)
+    want = reference(model, ids, window_starts(len(ids), window, chunk), window, 1, (0, 1), form, 0.7)
     torch.testing.assert_close(all_logits(knn, ids), want, rtol=1e-4, atol=1e-4)
 
 
 def test_one_layer_of_two() -> None:
-    model, ids = wide_model(1), text(30)
-    knn = KnnAttention(model, window=8, chunk=4, top=3, layers=(1,))
-    want = reference(model, ids, window_starts(len(ids), 8, 4), 8, 3, (1,))
+    model, ids = wide_model(1), text(270)
+    knn = KnnAttention(model, window=8, chunk=4, blocks=2, layers=(1,))
+    want = reference(model, ids, window_starts(len(ids), 8, 4), 8, 2, (1,))
     torch.testing.assert_close(all_logits(knn, ids), want, rtol=1e-4, atol=1e-4)
 
 
 def test_single_precision_agrees_with_double() -> None:
     model, ids = tiny_model(2).requires_grad_(False), text(60)
-    settings: dict[str, Any] = {"window": 16, "chunk": 4, "top": 60, "layers": (0, 1)}
+    settings: dict[str, Any] = {"window": 16, "chunk": 4, "layers": (0, 1)}
     got = all_logits(KnnAttention(model, **settings), ids)
     want = all_logits(KnnAttention(copy.deepcopy(model).double(), **settings), ids)
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
@@ -167,8 +167,8 @@ def test_a_key_that_left_the_window_is_what_it_was_before_rope() -> None:
     layer = model.base_model.layers[0]
     states = layer.input_layernorm(model.base_model.embed_tokens(torch.tensor(ids)))
     want = layer.self_attn.k_proj(states).view(40, 2, 8).transpose(0, 1)[:, :32]
-    torch.testing.assert_close(session.layers[0].memory_keys.all, want, rtol=1e-5, atol=1e-5)
-    assert not len(session.layers[1].memory_keys)
+    torch.testing.assert_close(session.layers[0].past.keys.all, want, rtol=1e-5, atol=1e-5)
+    assert not len(session.layers[1].past)
 
 
 def test_sessions_do_not_see_each_other(tiny_base: Base) -> None:
@@ -201,11 +201,26 @@ def test_a_session_is_taken_up_again(tmp_path: Path, dtype: torch.dtype) -> None
         read_session(path, "a" * 64)
 
 
+def test_a_session_whose_keys_were_kept_wider_is_taken_up_as_if_they_had_not(tmp_path: Path) -> None:
+    """Earlier files hold the keys beyond the window in fp32."""
+    model, ids = tiny_model().to(torch.bfloat16).requires_grad_(False), text(300)
+    knn = KnnAttention(model, window=16, chunk=4, layers=(1,))
+    session = knn.session()
+    knn.score(session, ids)
+    earlier = copy.deepcopy(session)
+    past = session.layers[1].past
+    earlier.layers[1].past = Past(past.keys.all.float(), past.values.all)
+    write_session(earlier, tmp_path / "one", "a" * 64)
+    again = read_session(tmp_path / "one", "a" * 64)
+    assert again.layers[1].past.blocks == past.blocks == 4
+    assert torch.equal(knn.score(again, text(20, seed=2)), knn.score(session, text(20, seed=2)))
+
+
 @pytest.mark.parametrize("form", ["joint", "gated"])
 def test_bias_and_temperature_can_be_trained(form: Any) -> None:
     """In the last layer the gradient is whole; below it, what later chunks read of earlier ones is taken as given."""
     model, ids = wide_model(), text(40)
-    knn = KnnAttention(model, window=8, chunk=4, top=4, form=form, layers=(1,))
+    knn = KnnAttention(model, window=8, chunk=4, form=form, layers=(1,))
     heads = knn.plain_heads()
     wanted = [*heads.bias.values(), *heads.log_temperature.values()]
     for parameter in wanted:

@@ -1,7 +1,7 @@
 """What lies beyond the window of a row: tokens that left it, and attention that still reaches them.
 
 A row holds the last W tokens. When it is full, its oldest tokens leave together; their keys are turned back to before
-RoPE and kept beside the row. From then on its queries attend to the window and to the best of those keys in one
+RoPE and kept beside the row. From then on its queries attend to the window and to the best blocks of those keys in one
 softmax (``nn.nearest``), in all layers but the first two. Which tokens are in the window depends on nothing but how
 many came before, so an answer does not depend on how its prompt was cut into chunks.
 
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from gradatim.engine.attention import FarRow, RowCache, Segment
 from gradatim.errors import OverloadedError, PromptTooLongError
-from gradatim.nn.nearest import TOP, check_rope, joint, memory_layers, recall
-from gradatim.nn.session import LayerRows, Rows, Session, rotated
+from gradatim.nn.nearest import BLOCKS, beyond, check_rope, joint, memory_layers, within
+from gradatim.nn.session import BLOCK_TOKENS, LayerRows, Past, Rows, Session, rotated
 
 _SLIDE = 128  # tokens that leave a full window together
 _CHUNK = 128  # tokens of a row with something beyond its window that are read in one step
 
-Part = Mapping[int, tuple[Rows, Rows]]  # by layer: keys before RoPE and values, (H, M, E)
+Part = Mapping[int, Past]  # by layer
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +46,12 @@ class Far:
     @property
     def kept(self) -> int:
         """Tokens beyond the window that can be attended to."""
-        return sum(len(_rows(part)) for part in self.parts)
+        return sum(len(_any(part)) for part in self.parts)
 
 
-def _rows(part: Part) -> Rows:
-    return next(iter(part.values()))[0]
+def _any(part: Part) -> Past:
+    """Of one layer: they are all equally long."""
+    return next(iter(part.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +69,19 @@ class Beyond:
     ``give_back``. ModelError where the model's positions are of another kind."""
 
     def __init__(
-        self, model: Any, *, window: int, max_tokens: int, max_bytes: int, top: int = TOP, bias: float = 0.0
+        self, model: Any, *, window: int, max_tokens: int, max_bytes: int, blocks: int = BLOCKS, bias: float = 0.0
     ) -> None:
         check_rope(model)
         self._rotary = model.base_model.rotary_emb
         self._layers = memory_layers(len(model.base_model.layers))
         self.window, self._slide, self._max_tokens = window, min(_SLIDE, max(1, window // 4)), max_tokens
-        self._top, self._bias = top, bias
+        self._blocks, self._bias = blocks, bias
         attention, weight = model.base_model.layers[0].self_attn, model.get_input_embeddings().weight
         numbers: int = model.config.get_text_config().num_key_value_heads * attention.head_dim
-        wide = torch.promote_types(weight.dtype, torch.float32)
         self._device = weight.device
         own: int = weight.dtype.itemsize
-        self.token_bytes = len(self._layers) * numbers * (wide.itemsize + own)
+        of_mean = torch.promote_types(weight.dtype, torch.float32).itemsize / BLOCK_TOKENS
+        self.token_bytes = math.ceil(len(self._layers) * numbers * (2 * own + of_mean))
         of_window = 2 * len(model.base_model.layers) * numbers * own * window
         self.session_bytes = of_window + max_tokens * self.token_bytes  # of one that is full
         self._max_bytes, self._taken_bytes, self._lock = max_bytes, 0, threading.Lock()
@@ -126,7 +127,7 @@ class Beyond:
         own = self._empty()
         if session is None or not session.position:
             return Far(parts=[own])
-        kept = {i: (session.layers[i].memory_keys.fork(), session.layers[i].memory_values.fork()) for i in self._layers}
+        kept = {i: session.layers[i].past.fork() for i in self._layers}
         parts = [kept, own] if session.remembered else [own]
         return Far(session.position - session.local - session.remembered, session.remembered, parts)
 
@@ -138,7 +139,7 @@ class Beyond:
 
     def fork(self, far: Far) -> Far:
         """For a further choice that goes on from the same tokens."""
-        parts = [{i: (keys.fork(), values.fork()) for i, (keys, values) in part.items()} for part in far.parts]
+        parts = [{i: past.fork() for i, past in part.items()} for part in far.parts]
         weight = None if far.weight is None else far.weight.clone()
         return Far(far.base, far.gone, [*parts, self._empty()], far.drawn, weight)
 
@@ -149,9 +150,8 @@ class Beyond:
         block = cache.read(slot, 0, count)  # (L, 2, H, count, E)
         first = far.base + far.gone
         back = self._angles(-torch.arange(first, first + count, device=self._device))
-        for layer, (keys, values) in far.parts[-1].items():
-            keys.append(rotated(block[layer, 0], *back))
-            values.append(block[layer, 1])
+        for layer, past in far.parts[-1].items():
+            past.append(rotated(block[layer, 0], *back).to(block.dtype), block[layer, 1])
         cache.data[:, :, slot, :, : length - count] = cache.read(slot, count, length)
         far.gone += count
         self._drop(far, far.kept - self._max_tokens)
@@ -160,11 +160,7 @@ class Beyond:
     def _drop(self, far: Far, count: int) -> None:
         """The oldest tokens beyond the window."""
         for part in far.parts:
-            gone = min(max(0, count), len(_rows(part)))
-            for rows in part.values():
-                for each in rows:
-                    each.drop(gone)
-            count -= gone
+            count -= max(past.drop(count) for past in part.values())
 
     @torch.inference_mode()
     def session(self, far: Far, cache: RowCache, slot: int, length: int, ids: Sequence[int]) -> Session:
@@ -174,8 +170,7 @@ class Beyond:
         layers = [LayerRows(Rows(k.contiguous()), Rows(v.contiguous())) for k, v in block]
         kept = far.kept
         for layer in self._layers if kept else ():
-            rows = layers[layer]
-            rows.memory_keys, rows.memory_values = (_together([p[layer][i] for p in far.parts]) for i in (0, 1))
+            layers[layer].past = _together([part[layer] for part in far.parts])
         read = far.gone + length
         return Session(layers, far.base + read, length, ids=tuple(ids[read - length - kept :]))
 
@@ -184,7 +179,7 @@ class Beyond:
         return Use(far.kept, far.drawn, weight)
 
     def _empty(self) -> Part:
-        return {i: (Rows(), Rows()) for i in self._layers}
+        return {i: Past() for i in self._layers}
 
     # -------------------------------------------------------------------------------------------- attention
 
@@ -211,11 +206,11 @@ class Beyond:
         if layer not in self._layers:
             return None
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        parts = [(k.all, v.all) for k, v in (part[layer] for part in turn.far.parts) if len(k)]
-        found, recalled = recall(rotated(q, *turn.angles), parts, self._top)
-        out, beyond = joint(q, keys, values, None, scale, found * scale + self._bias, recalled)
+        pasts = [part[layer] for part in turn.far.parts if len(part[layer])]
+        far = beyond(rotated(q, *turn.angles), pasts, scale, self._blocks)
+        out, share = joint(within(q, keys, values, scale), far, self._bias)
         if turn.draws:
-            weight = beyond[:, -1].mean()
+            weight = share[:, -1].mean()
             turn.far.weight = weight if turn.far.weight is None else turn.far.weight + weight
         return out
 
@@ -239,10 +234,10 @@ class _Turn:
         return self.beyond.attend(self, layer, q, keys, values, scale)
 
 
-def _together(parts: Sequence[Rows]) -> Rows:
+def _together(parts: Sequence[Past]) -> Past:
     """All in one. The first one's memory is used on: nobody else may append to it."""
-    out = next(rows for rows in parts if len(rows)).fork()
-    for rows in parts[next(i for i, rows in enumerate(parts) if len(rows)) + 1 :]:
-        if len(rows):
-            out.append(rows.all)
+    first, *others = (past for past in parts if len(past))
+    out = first.fork()
+    for past in others:
+        out.append(past.keys.all, past.values.all)
     return out

@@ -2,10 +2,10 @@
 
 The model is frozen and knows positions by RoPE.
 A text is read in chunks. What leaves the window of the last W tokens goes into the session's memory, its keys turned
-back to before RoPE. A query looks up its best K keys there, turned as if all of them stood at the one distance W: the
-farthest the local window knows (as InfLLM does, arXiv:2402.04617). Two forms:
+back to before RoPE. A query attends to its best blocks of them (``nn.nearest``), turned as if all of them stood at the
+one distance W: the farthest the local window knows (as InfLLM does, arXiv:2402.04617). Two forms:
 
-- joint: one softmax over local scores and the K memory scores, in all layers but the first two. Needs no training.
+- joint: one softmax over the scores of window and memory, in all layers but the first two. Needs no training.
 - gated: eq. 1 of the paper, g * memory + (1 - g) * local with g learned per head, in one late layer.
 
 Biases and temperatures per head can be trained; with every bias at -inf the model's own attention runs, bit for bit.
@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from gradatim.errors import ModelError
-from gradatim.nn.nearest import TOP, check_rope, joint, memory_layers, recall, weighted
+from gradatim.nn.nearest import BLOCKS, beyond, check_rope, joint, memory_layers, mixed, within
 from gradatim.nn.session import LayerRows, Rows, Session, rotated
 
 NAME = "gradatim_memory"  # under which transformers' models find ``_attention``
@@ -79,7 +79,7 @@ class KnnAttention:
         *,
         window: int = WINDOW,
         chunk: int = CHUNK,
-        top: int = TOP,
+        blocks: int = BLOCKS,
         form: Form = "joint",
         layers: Sequence[int] | None = None,
         heads: Heads | None = None,
@@ -95,7 +95,7 @@ class KnnAttention:
             raise ValueError(f"a chunk of {chunk} tokens does not fit a window of {window}")
         self._model = _private_copy(model)
         self._base = self._model.base_model
-        self._window, self._chunk, self._top, self._form = window, chunk, top, form
+        self._window, self._chunk, self._blocks, self._form = window, chunk, blocks, form
         self._memory_tokens = memory_tokens
         self._layers = tuple(layers_of(len(self._base.layers), form) if layers is None else layers)
         self.heads = heads or self.plain_heads()
@@ -187,10 +187,8 @@ class KnnAttention:
         for i, rows in enumerate(session.layers):
             keys, values = rows.keys.take(leaving), rows.values.take(leaving)
             if i in self._layers:
-                rows.memory_keys.append(rotated(keys, *back))
-                rows.memory_values.append(values)
-                for memory in (rows.memory_keys, rows.memory_values):
-                    memory.drop(len(memory) - self._memory_tokens)
+                rows.past.append(rotated(keys, *back).to(keys.dtype), values)
+                rows.past.drop(len(rows.past) - self._memory_tokens)
         session.local -= leaving
 
     @torch.no_grad()
@@ -207,20 +205,16 @@ class KnnAttention:
         assert turn is not None, "attention outside of a reading"
         rows = turn.session.layers[layer]
         keys, values = self._extended(rows.keys, k[0])[None], self._extended(rows.values, v[0])[None]
-        if self.heads.closed(layer) or not len(rows.memory_keys):
+        if self.heads.closed(layer) or not len(rows.past):
             out: Tensor = sdpa_attention_forward(module, q, keys, values, turn.mask, scaling=scaling)[0]
             return out
-        bias, temperature = self.heads.bias[layer], self.heads.log_temperature[layer].exp()
-        memory = rows.memory_keys.all, rows.memory_values.all
-        found, recalled = recall(rotated(q[0], *turn.far), [memory], self._top)
-        found = found * scaling * temperature[:, None, None]  # (H, n, K)
+        bias, temperature = self.heads.bias[layer][:, None], self.heads.log_temperature[layer].exp()
+        turned = rotated(q[0], *turn.far) * temperature[:, None, None]
+        near = within(q[0], keys[0], values[0], scaling)
+        far = beyond(turned, [rows.past], scaling, self._blocks)
         if self._form == "gated":
-            local = sdpa_attention_forward(module, q, keys, values, turn.mask, scaling=scaling)[0]
-            gate = torch.sigmoid(bias)[:, None].to(q.dtype)  # (H, 1)
-            mixed: Tensor = gate * weighted(found.softmax(-1), recalled)[None] + (1 - gate) * local
-            return mixed
-        seen = None if turn.mask is None else turn.mask[0]
-        return joint(q[0], keys[0], values[0], seen, scaling, found + bias[:, None, None], recalled)[0][None]
+            return mixed(near[0], far[0], torch.sigmoid(bias).expand_as(near[1]))[None]
+        return joint(near, far, bias)[0][None]
 
     def _extended(self, rows: Rows, new: Tensor) -> Tensor:
         """All of the window (KH, m, E), the chunk's own included; of what was read before no gradient is kept."""

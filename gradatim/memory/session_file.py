@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gradatim.errors import ForeignMemoryError, StoreError
 from gradatim.memory.token_file import replace
-from gradatim.nn.session import LayerRows, Rows, Session
+from gradatim.nn.session import LayerRows, Past, Rows, Session
 
 _PARTS = ("keys", "values", "memory_keys", "memory_values")
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError)
@@ -27,10 +27,10 @@ def write_session(session: Session, path: Path, model_digest: str, about: Mappin
     """``model_digest`` names the weights, adapter included, that read it; ``about`` is kept beside it for whoever looks
     at the file. StoreError where the disk refuses; what was there before is still there then, and after a crash."""
     tensors = {
-        f"{i}.{part}": getattr(layer, part).all.contiguous()
+        f"{i}.{part}": rows.all.contiguous()
         for i, layer in enumerate(session.layers)
-        for part in _PARTS
-        if len(getattr(layer, part))
+        for part, rows in zip(_PARTS, (layer.keys, layer.values, layer.past.keys, layer.past.values), strict=True)
+        if len(rows)
     }
     if session.last is not None:
         tensors["last"] = session.last.contiguous()
@@ -60,9 +60,18 @@ def read_session(path: Path, model_digest: str) -> Session:
         raise ForeignMemoryError(
             f"{path} was read by other weights: {header['model'][:12]}, but these are {model_digest[:12]}"
         )
-    layers = [LayerRows(*(Rows(tensors.get(f"{i}.{part}")) for part in _PARTS)) for i in range(count)]
+    layers = [_layer(*(tensors.get(f"{i}.{part}") for part in _PARTS)) for i in range(count)]
     ids = tensors["ids"].tolist() if "ids" in tensors else ()
     return Session(layers, position, local, tensors.get("last"), tuple(ids))
+
+
+def _layer(
+    keys: Tensor | None, values: Tensor | None, past_keys: Tensor | None, past_values: Tensor | None
+) -> LayerRows:
+    """Earlier files hold the keys beyond the window in fp32. What blocks are summed up by is made anew."""
+    if past_keys is not None and past_values is not None:
+        past_keys = past_keys.to(past_values.dtype)
+    return LayerRows(Rows(keys), Rows(values), Past(past_keys, past_values))
 
 
 def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:

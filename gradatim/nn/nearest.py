@@ -1,26 +1,40 @@
-"""Attention over the nearest of many keys, in one softmax with those of a window (arXiv:2203.08913, arXiv:2402.04617).
+"""Attention over the nearest blocks of many keys, in one softmax with those of a window.
 
 Keys beyond the window are kept as they were before RoPE, and a query looks among them as if all stood at one distance:
-the window's length, the farthest that the model sees there. The functions know no sessions and no batches.
+the window's length, the farthest that the model sees there (arXiv:2203.08913, arXiv:2402.04617). They lie in blocks of
+64 tokens with the mean of their keys. Each query attends, with all heads that share a key head, to the block whose mean
+one of those heads likes best, to the oldest block, which models lean on (arXiv:2309.17453), and to what is not a full
+block yet: a search looks at a 64th of the keys. What a query attends to depends on no other query. The functions know
+no sessions and no batches.
 
-Shapes: n queries, m keys in the window, M keys beyond it; H query heads, KH key heads, E width of a head; K found.
+Softmaxes are joined by the logarithms of their sums (arXiv:2205.14135, sec. 3.1), so nothing that was computed of
+the window is computed again for what lies beyond it.
+
+Shapes: n queries, m keys in the window, M keys beyond it in B full blocks; H query heads, KH key heads, G = H / KH, E
+width of a head; X tiles of queries that
+attend to one block.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
-import faiss
 import torch
 from torch import Tensor
 
 from gradatim.errors import ModelError
+from gradatim.nn.session import BLOCK_TOKENS, Past
 
-TOP = 32  # keys that a head attends to beyond the window
+BLOCKS = 1  # that a query chooses, besides the oldest one
 _FIRST_LAYERS = 2  # see single tokens rather than meaning: left alone
 _ROPE = ("default", "linear", "llama3")  # fixed frequencies, lengths kept
+_TILE = 4  # queries of one block that are multiplied at once
+_SHUT = -1e5  # the logarithm of a sum that is to have no weight
+
+Attended = tuple[Tensor, Tensor]  # what comes out, (H, n, E), and the logarithm of the sum of the softmax, (H, n)
 
 
 def memory_layers(layers: int) -> tuple[int, ...]:
@@ -28,64 +42,149 @@ def memory_layers(layers: int) -> tuple[int, ...]:
     return tuple(range(min(_FIRST_LAYERS, layers - 1), layers))
 
 
-def recall(q: Tensor, parts: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
-    """Dot products (H, n, K) of q (H, n, E) with its best keys, and their values (H, n, K, E). The keys and values
-    (KH, M, E) come in one or more parts; K is the smaller of ``count`` and how many there are."""
-    found = [_recall_part(q, keys, values, count) for keys, values in parts]
-    if len(found) == 1:
-        return found[0]
-    scores, values = torch.cat([s for s, _ in found], -1), torch.cat([v for _, v in found], -2)
-    best = scores.topk(min(count, scores.shape[-1]), -1)
-    return best.values, values.gather(-2, best.indices[..., None].expand(*best.indices.shape, values.shape[-1]))
+# ------------------------------------------------------------------------------------------------ two sources
 
 
-def _recall_part(q: Tensor, keys: Tensor, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def within(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Attended:
+    """Of the window: q (H, n, E) are the last n of the tokens that keys and values (KH, m, E) are of."""
     heads, n, width = q.shape
-    grouped = q.reshape(len(keys), -1, width)  # (KH, H / KH * n, E)
-    count = min(count, keys.shape[1])
-    best = torch.stack([_best(x, y, count) for x, y in zip(grouped, keys, strict=True)])  # (KH, H / KH * n, K)
-    at = torch.arange(len(keys), device=q.device)[:, None, None]
-    scores = torch.einsum("hqe,hqke->hqk", grouped, keys[at, best])
-    return scores.reshape(heads, n, count), values[at, best].reshape(heads, n, count, width)
+    groups, wide = heads // len(keys), torch.promote_types(q.dtype, torch.float32)
+    mask = None if n == 1 else _causal(n, keys.shape[1], groups, wide, q.device)
+    out, total = _softmax(q.reshape(len(keys), -1, width), keys, values, mask, scaling)
+    return out.reshape(heads, n, width), total.reshape(heads, n)
 
 
-def _best(queries: Tensor, keys: Tensor, count: int) -> Tensor:
-    """(q, K) which of keys (M, E) have the greatest dot products with queries (q, E)."""
-    with torch.no_grad():
-        if queries.device.type == "cpu" and queries.dtype == torch.float32:  # one pass, no matrix (q, M)
-            found = faiss.knn(
-                queries.contiguous().numpy(), keys.contiguous().numpy(), count, faiss.METRIC_INNER_PRODUCT
-            )
-            return torch.from_numpy(found[1])
-        return (queries @ keys.t()).topk(count, -1).indices
-
-
-def weighted(weights: Tensor, values: Tensor) -> Tensor:
-    """(n, H, E) of weights (H, n, K) and values (H, n, K, E)."""
-    return torch.einsum("hnk,hnke->nhe", weights.to(values.dtype), values)
-
-
-def joint(
-    q: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, scaling: float, found: Tensor, recalled: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One softmax over the scores found beyond the window (H, n, K) and those in it: what comes out (n, H, E), and how
-    much of the weight (H, n) lay beyond.
-
-    q (H, n, E), keys and values (KH, m, E) are of the window; ``seen`` (n, m) bool says which keys each query may
-    attend to (None: all up to its own, the queries being the last n). ``recalled`` (H, n, K, E) are the values found.
-    """
+def beyond(q: Tensor, pasts: Sequence[Past], scaling: float, count: int = BLOCKS) -> Attended:
+    """Of what left it, in one or more stretches, none of them empty: q (H, n, E) are turned to the distance W."""
     heads, n, width = q.shape
+    grouped = q.reshape(pasts[0].keys.all.shape[0], -1, n, width)  # (KH, G, n, E)
+    own = grouped.to(pasts[0].keys.all.dtype)
+    if sum(past.blocks for past in pasts) <= count + 1:
+        found = [_all(own, past, 0, len(past), scaling) for past in pasts]
+    else:
+        found = [_all(own, next(past for past in pasts if past.blocks), 0, BLOCK_TOKENS, scaling)]
+        for wanted in best_blocks(grouped, pasts, count).unbind(-1):
+            found += _one_each(own, pasts, wanted, scaling)
+        rest = ((past, past.blocks * BLOCK_TOKENS) for past in pasts)
+        found += [_all(own, past, start, len(past), scaling) for past, start in rest if start < len(past)]
+    out, total = found[0] if len(found) == 1 else _joined(found)
+    return out.reshape(heads, n, width), total.reshape(heads, n)
+
+
+def joint(near: Attended, far: Attended, bias: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
+    """One softmax over both, with ``bias`` (scalar or (H, 1)) added to the scores beyond the window: what comes out
+    (n, H, E), and how much of the weight (H, n) lay beyond."""
+    share = torch.sigmoid(far[1] + bias - near[1])
+    return mixed(near[0], far[0], share), share
+
+
+def mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
+    """(n, H, E) of both (H, n, E), the far one's share (H, n) of it."""
+    return torch.lerp(near.to(share.dtype), far.to(share.dtype), share[..., None]).to(near.dtype).transpose(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- search
+
+
+@torch.no_grad()
+def best_blocks(q: Tensor, pasts: Sequence[Past], count: int) -> Tensor:
+    """(KH, n, count) which blocks, counted through all stretches, the queries (KH, G, n, E) like best besides the
+    oldest; there must be as many."""
+    means = torch.cat([past.means.all for past in pasts if past.blocks], 1)  # (KH, B, E)
+    likes = q.flatten(1, 2).to(means.dtype) @ means.transpose(1, 2)  # (KH, G * n, B)
+    likes = likes.view(*q.shape[:3], -1).amax(1)  # (KH, n, B)
+    likes[..., 0] = -math.inf
+    return likes.topk(count, -1).indices
+
+
+def _one_each(q: Tensor, pasts: Sequence[Past], wanted: Tensor, scaling: float) -> list[Attended]:
+    """q (KH, G, n, E), each over the one block (KH, n) that it wants, wherever that lies."""
+    found, first = [], 0
+    for past in pasts:
+        at = wanted - first
+        here = (at >= 0) & (at < past.blocks)
+        first += past.blocks
+        if not past.blocks or not bool(here.any()):
+            continue
+        out, total = _dispatched(q, past, at.clamp(0, past.blocks - 1), scaling)
+        found.append((out, total.masked_fill(here[:, None].logical_not(), _SHUT)))
+    return found
+
+
+def _dispatched(q: Tensor, past: Past, at: Tensor, scaling: float) -> Attended:
+    """q (KH, G, n, E), each over its block (KH, n). Queries of one block are put together in tiles, so that a block is
+    copied once a tile and not once a query."""
+    heads, groups, n, width = q.shape
+    tile, blocks = min(_TILE, n), past.blocks
+    key = (at + torch.arange(heads, device=q.device)[:, None] * blocks).flatten()  # (KH * n,)
+    counts = torch.bincount(key, minlength=heads * blocks)
+    tiles = (counts + tile - 1) // tile  # of each block, (KH * B,)
+    order = key.argsort()
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=q.device) - (counts.cumsum(0) - counts)[key[order]]
+    place += (tiles.cumsum(0) - tiles)[key] * tile  # of each query among all places in tiles
+    which = torch.arange(heads * blocks, device=q.device).repeat_interleave(tiles)  # (X,)
+    placed = q.new_zeros(len(which) * tile, groups, width)
+    placed[place] = q.transpose(1, 2).reshape(-1, groups, width)
+    keys, values = _gathered(past.keys.all, which), _gathered(past.values.all, which)  # (X, tokens, E)
+    out, total = _softmax(placed.view(len(which), tile * groups, width), keys, values, None, scaling)
+    out, total = out.reshape(-1, groups, width)[place], total.reshape(-1, groups)[place]
+    return out.view(heads, n, groups, width).transpose(1, 2), total.view(heads, n, groups).transpose(1, 2)
+
+
+def _gathered(rows: Tensor, which: Tensor) -> Tensor:
+    """Of rows (KH, M, E) the blocks (X,), counted through all heads: (X, tokens, E)."""
+    full = rows.shape[1] // BLOCK_TOKENS
+    blocks = rows[:, : full * BLOCK_TOKENS].view(len(rows), full, -1)  # (KH, B, tokens * E)
+    return blocks[which // full, which % full].view(-1, BLOCK_TOKENS, rows.shape[2])
+
+
+# --------------------------------------------------------------------------------------------------- softmax
+
+
+def _all(q: Tensor, past: Past, start: int, end: int, scaling: float) -> Attended:
+    """q (KH, G, n, E) over all of a stretch from ``start`` to ``end``."""
+    out, total = _softmax(q.flatten(1, 2), past.keys.all[:, start:end], past.values.all[:, start:end], None, scaling)
+    return out.view(q.shape), total.view(q.shape[:3])
+
+
+def _softmax(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float) -> Attended:
+    """q (X, r, E) over keys and values (X, k, E), with a mask added to the scores, (r, k) or (X, r, k), in fp32 at
+    least: (X, r, E) and (X, r). The kernel that torch's own attention runs on a CPU gives both; its sums know no
+    gradient."""
+    if q.device.type == "cpu" and not (torch.is_grad_enabled() and (q.requires_grad or keys.requires_grad)):
+        added = mask if mask is None or mask.dim() == 2 else mask[None]
+        out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[None], keys[None], values[None], attn_mask=added, scale=scaling
+        )
+        return out[0], total[0]
     wide = torch.promote_types(q.dtype, torch.float32)
-    local = q.reshape(len(keys), -1, width).to(wide) @ keys.transpose(1, 2).to(wide) * scaling
-    local = local.reshape(heads, n, -1)  # (H, n, m)
-    if seen is None:
-        seen = torch.ones_like(local[0], dtype=torch.bool).tril_(local.shape[-1] - n)
-    local = local.masked_fill(~seen, -math.inf)
-    weights = torch.cat([found.to(wide), local], -1).softmax(-1)
-    count = found.shape[-1]
-    beyond, weights = weights[..., :count].sum(-1), weights.to(values.dtype)
-    near = (weights[..., count:].reshape(len(keys), -1, keys.shape[1]) @ values).reshape(heads, n, width)
-    return weighted(weights[..., :count], recalled) + near.transpose(0, 1), beyond
+    keys, values = keys.clone(), values.clone()  # what they are of may grow before a gradient is asked for
+    scores = q.to(wide) @ keys.transpose(1, 2).to(wide) * scaling
+    scores = scores if mask is None else scores + mask
+    total = scores.logsumexp(-1)
+    return (scores - total[..., None]).exp().to(values.dtype) @ values, total
+
+
+def _joined(found: Sequence[Attended]) -> Attended:
+    """One softmax over several."""
+    totals = torch.stack([total for _, total in found])
+    weights = totals.softmax(0)[..., None]
+    out = sum(weight * part for weight, (part, _) in zip(weights, found, strict=True))
+    assert isinstance(out, Tensor)
+    return out.to(found[0][0].dtype), totals.logsumexp(0)
+
+
+@lru_cache(maxsize=4)
+def _causal(n: int, m: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(G * n, m): the last n of m tokens see what came before and themselves. To be read only."""
+    with torch.inference_mode(False):
+        seen = torch.ones(n, m, dtype=torch.bool, device=device).tril_(m - n)
+        mask = torch.zeros(n, m, dtype=dtype, device=device).masked_fill_(seen.logical_not(), -math.inf)
+        return mask.repeat(groups, 1)
+
+
+# ----------------------------------------------------------------------------------------------------- model
 
 
 def check_rope(model: Any) -> None:

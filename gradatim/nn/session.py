@@ -2,7 +2,7 @@
 
 It knows no models and does no attention.
 
-Shapes: L layers, H key heads, n tokens in the window, M tokens in memory, E width of a head.
+Shapes: L layers, H key heads, n tokens in the window, M tokens in memory, B full blocks of them, E width of a head.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+BLOCK_TOKENS = 64  # in memory, that a search takes or leaves as a whole
 _GROWTH = 2048  # rows: more is never allocated ahead
 
 
@@ -67,12 +68,59 @@ class Rows:
         self._start += max(0, count)
 
 
+class Past:
+    """Tokens that left a window, of one layer: their keys before RoPE and values, (H, M, E), and of each full block of
+    them, counted from the oldest, the mean of its keys."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        self.keys, self.values, self.means = Rows(keys), Rows(values), Rows()
+        self._summarise()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.means)
+
+    @property
+    def bytes_held(self) -> int:
+        return sum(rows.bytes_held for rows in (self.keys, self.values, self.means))
+
+    def fork(self) -> Past:
+        """The same, without a copy: see ``Rows.fork``."""
+        other = Past()
+        other.keys, other.values, other.means = self.keys.fork(), self.values.fork(), self.means.fork()
+        return other
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """(H, n, E) each."""
+        self.keys.append(keys)
+        self.values.append(values)
+        self._summarise()
+
+    def drop(self, count: int) -> int:
+        """At least so many of the oldest, in whole blocks while there are any: how many went."""
+        blocks = min(-(-max(0, count) // BLOCK_TOKENS), self.blocks)
+        gone = max(blocks * BLOCK_TOKENS, min(max(0, count), len(self)))
+        for rows, of_them in ((self.keys, gone), (self.values, gone), (self.means, blocks)):
+            rows.drop(of_them)
+        return gone
+
+    def _summarise(self) -> None:
+        done = self.blocks * BLOCK_TOKENS
+        new = (len(self) - done) // BLOCK_TOKENS
+        if new:
+            keys = self.keys.all[:, done : done + new * BLOCK_TOKENS]
+            keys = keys.view(len(keys), new, BLOCK_TOKENS, -1)
+            self.means.append(keys.to(torch.promote_types(keys.dtype, torch.float32)).mean(2))  # (H, new, E)
+
+
 @dataclass(slots=True)
 class LayerRows:
     keys: Rows = field(default_factory=Rows)  # in the window, rotated to their positions
     values: Rows = field(default_factory=Rows)
-    memory_keys: Rows = field(default_factory=Rows)  # before RoPE; in fp32 at least
-    memory_values: Rows = field(default_factory=Rows)
+    past: Past = field(default_factory=Past)
 
 
 @dataclass(slots=True)
@@ -88,11 +136,11 @@ class Session:
     @property
     def remembered(self) -> int:
         """Tokens that have left the window and are in memory (at most its limit)."""
-        return max((len(layer.memory_keys) for layer in self.layers), default=0)
+        return max((len(layer.past) for layer in self.layers), default=0)
 
     @property
     def bytes_held(self) -> int:
-        return sum(r.bytes_held for x in self.layers for r in (x.keys, x.values, x.memory_keys, x.memory_values))
+        return sum(r.bytes_held for x in self.layers for r in (x.keys, x.values, x.past))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
