@@ -131,7 +131,10 @@ def _unproven(store: Store, live: Adapter, anchor: Adapter) -> int:
             if _is_against(verdict, anchor):
                 return count + int(verdict.evidence["unproven"])
         count += 1
-        at = store.newest(Adapter, id=at.parent_id)[0][1]
+        parent = store.newest(Adapter, id=at.parent_id)
+        if not parent:
+            break
+        at = parent[0][1]
     return count
 
 
