@@ -80,7 +80,7 @@ def joint(near: Attended, far: Attended, bias: float | Tensor = 0.0) -> tuple[Te
 
 def mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
     """(n, H, E) of both (H, n, E), the far one's share (H, n) of it."""
-    return torch.lerp(near.to(share.dtype), far.to(share.dtype), share[..., None]).to(near.dtype).transpose(0, 1)
+    return torch.lerp(near, far, share[..., None].to(near.dtype)).transpose(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- search
@@ -104,10 +104,10 @@ def _one_each(q: Tensor, pasts: Sequence[Past], wanted: Tensor, scaling: float) 
         at = wanted - first
         here = (at >= 0) & (at < past.blocks)
         first += past.blocks
-        if not past.blocks or not bool(here.any()):
+        if not bool(here.any()):
             continue
         out, total = _dispatched(q, past, at.clamp(0, past.blocks - 1), scaling)
-        found.append((out, total.masked_fill(here[:, None].logical_not(), _SHUT)))
+        found.append((out, total if len(pasts) == 1 else total.masked_fill(here[:, None].logical_not(), _SHUT)))
     return found
 
 
@@ -126,17 +126,22 @@ def _dispatched(q: Tensor, past: Past, at: Tensor, scaling: float) -> Attended:
     which = torch.arange(heads * blocks, device=q.device).repeat_interleave(tiles)  # (X,)
     placed = q.new_zeros(len(which) * tile, groups, width)
     placed[place] = q.transpose(1, 2).reshape(-1, groups, width)
-    keys, values = _gathered(past.keys.all, which), _gathered(past.values.all, which)  # (X, tokens, E)
+    of_heads = torch.split(which % blocks, tiles.view(heads, -1).sum(1).tolist())
+    keys, values = _gathered(past.keys.all, of_heads), _gathered(past.values.all, of_heads)  # (X, tokens, E)
     out, total = _softmax(placed.view(len(which), tile * groups, width), keys, values, None, scaling)
     out, total = out.reshape(-1, groups, width)[place], total.reshape(-1, groups)[place]
     return out.view(heads, n, groups, width).transpose(1, 2), total.view(heads, n, groups).transpose(1, 2)
 
 
-def _gathered(rows: Tensor, which: Tensor) -> Tensor:
-    """Of rows (KH, M, E) the blocks (X,), counted through all heads: (X, tokens, E)."""
+def _gathered(rows: Tensor, at: Sequence[Tensor]) -> Tensor:
+    """Of each head's rows, (KH, M, E), some of its blocks, X of all heads: (X, tokens, E)."""
     full = rows.shape[1] // BLOCK_TOKENS
     blocks = rows[:, : full * BLOCK_TOKENS].view(len(rows), full, -1)  # (KH, B, tokens * E)
-    return blocks[which // full, which % full].view(-1, BLOCK_TOKENS, rows.shape[2])
+    sizes = [len(of_head) for of_head in at]
+    out = rows.new_empty(sum(sizes), blocks.shape[2])
+    for of_head, which, into in zip(blocks, at, torch.split(out, sizes), strict=True):
+        torch.index_select(of_head, 0, which, out=into)
+    return out.view(len(out), BLOCK_TOKENS, -1)
 
 
 # --------------------------------------------------------------------------------------------------- softmax
@@ -168,11 +173,11 @@ def _softmax(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scali
 
 def _joined(found: Sequence[Attended]) -> Attended:
     """One softmax over several."""
-    totals = torch.stack([total for _, total in found])
-    weights = totals.softmax(0)[..., None]
-    out = sum(weight * part for weight, (part, _) in zip(weights, found, strict=True))
-    assert isinstance(out, Tensor)
-    return out.to(found[0][0].dtype), totals.logsumexp(0)
+    out, total = found[0]
+    for part, of_part in found[1:]:
+        out = torch.lerp(out, part, torch.sigmoid(of_part - total)[..., None].to(out.dtype))
+        total = torch.logaddexp(total, of_part)
+    return out, total
 
 
 @lru_cache(maxsize=4)
