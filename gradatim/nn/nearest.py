@@ -57,13 +57,13 @@ def within(q: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Attended:
 def beyond(q: Tensor, pasts: Sequence[Past], scaling: float, count: int = BLOCKS) -> Attended:
     """Of what left it, in one or more stretches, none of them empty: q (H, n, E) are turned to the distance W."""
     heads, n, width = q.shape
-    grouped = q.reshape(pasts[0].keys.all.shape[0], -1, n, width)  # (KH, G, n, E)
-    own = grouped.to(pasts[0].keys.all.dtype)
+    keys = pasts[0].keys.all
+    own = q.to(keys.dtype).reshape(len(keys), -1, n, width)  # (KH, G, n, E)
     if sum(past.blocks for past in pasts) <= count + 1:
         found = [_all(own, past, 0, len(past), scaling) for past in pasts]
     else:
         found = [_all(own, next(past for past in pasts if past.blocks), 0, BLOCK_TOKENS, scaling)]
-        for wanted in best_blocks(grouped, pasts, count).unbind(-1):
+        for wanted in best_blocks(own, pasts, count).unbind(-1):
             found += _one_each(own, pasts, wanted, scaling)
         rest = ((past, past.blocks * BLOCK_TOKENS) for past in pasts)
         found += [_all(own, past, start, len(past), scaling) for past, start in rest if start < len(past)]
@@ -90,8 +90,8 @@ def mixed(near: Tensor, far: Tensor, share: Tensor) -> Tensor:
 def best_blocks(q: Tensor, pasts: Sequence[Past], count: int) -> Tensor:
     """(KH, n, count) which blocks, counted through all stretches, the queries (KH, G, n, E) like best besides the
     oldest; there must be as many."""
-    means = torch.cat([past.means.all for past in pasts if past.blocks], 1)  # (KH, B, E)
-    likes = q.flatten(1, 2).to(means.dtype) @ means.transpose(1, 2)  # (KH, G * n, B)
+    means = torch.cat([past.means.all for past in pasts if past.blocks], 1).to(q.dtype)  # (KH, B, E)
+    likes = q.flatten(1, 2) @ means.transpose(1, 2)  # (KH, G * n, B)
     likes = likes.view(*q.shape[:3], -1).amax(1)  # (KH, n, B)
     likes[..., 0] = -math.inf
     return likes.topk(count, -1).indices
@@ -99,15 +99,16 @@ def best_blocks(q: Tensor, pasts: Sequence[Past], count: int) -> Tensor:
 
 def _one_each(q: Tensor, pasts: Sequence[Past], wanted: Tensor, scaling: float) -> list[Attended]:
     """q (KH, G, n, E), each over the one block (KH, n) that it wants, wherever that lies."""
+    if len(pasts) == 1:
+        return [_dispatched(q, pasts[0], wanted, scaling)]
     found, first = [], 0
     for past in pasts:
         at = wanted - first
         here = (at >= 0) & (at < past.blocks)
         first += past.blocks
-        if not bool(here.any()):
-            continue
-        out, total = _dispatched(q, past, at.clamp(0, past.blocks - 1), scaling)
-        found.append((out, total if len(pasts) == 1 else total.masked_fill(here[:, None].logical_not(), _SHUT)))
+        if bool(here.any()):
+            out, total = _dispatched(q, past, at.clamp(0, past.blocks - 1), scaling)
+            found.append((out, total.masked_fill(here[:, None].logical_not(), _SHUT)))
     return found
 
 

@@ -147,5 +147,8 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE (arXiv:2104.09864, eq. 34) in the layout of transformers' Llama. x (..., n, E), cos and sin (n, E); the
     result is in fp32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    a, b = wide.chunk(2, -1)
-    return wide * cos + torch.cat((-b, a), -1) * sin
+    half = x.shape[-1] // 2
+    out = wide * cos
+    out[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return out
