@@ -412,9 +412,10 @@ def boil(candidates: int, cases: int, rules: Collection[str], turnover: float, s
         gained[renewed] = moved(lost, int(renewed.sum()), rng)
         change = moved(step, cases, rng)
         live, anchor = pairs_of(change), pairs_of(gained + change)
-        proof = Proof(before=before, gains=np.clip(gained + change, -1.0, 1.0).tolist())
         refused = harm(live, config)[0] is not Decision.PASS
         refused |= "anchor" in rules and lasting_harm(anchor, config)[0] is not Decision.PASS
+        now = np.clip(gained + change, -1.0, 1.0)
+        proof = Proof(before=before, gains=now.tolist(), harmless=not refused)
         refused |= "proof" in rules and proof.unproven > config.unproven
         before = Standing(before.unproven, proof.tries) if refused else proof.after
         if not refused:

@@ -356,6 +356,7 @@ def test_an_episode_on_the_frozen_base_counts_for_the_lift(fresh: Callable[[], S
     lift = drift.describe()["lift"]["programs"]
     assert abs(lift["lift"]) < 0.15 and lift["low"] < 0.0 < lift["high"] and lift["base"] > 80
     assert drift.describe()["lift_of_live"]["programs"]["learned"] == lift["learned"]
+    assert drift.lift_of(NEW) == lift["low"] > drift.lift_of(OLD) == -1.0  # the one that is live, and another
 
 
 # ------------------------------------------------------------------------------------------------- what is shown

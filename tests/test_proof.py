@@ -211,6 +211,16 @@ def test_a_gain_of_one_that_was_not_let_live_proves_nothing(tmp_path: Path) -> N
         assert lineage.judge().decision is Decision.FAIL
 
 
+def test_what_is_refused_for_harm_is_no_try(tmp_path: Path) -> None:
+    """However good it were against the anchor."""
+    with open_store(tmp_path / "s.db") as store:
+        lineage = Lineage(store, {1: 0.99, 2: 0.9})
+        first, second = lineage.judge(), lineage.judge()
+        assert first.evidence["unproven"] == 0.0 and second.decision is not Decision.PASS
+        assert second.evidence["proof.log_e"] > second.evidence["proof.needed"]
+        assert second.evidence["proof.tries"] == 0.0 and second.evidence["unproven"] == 1.0
+
+
 def test_a_person_who_moves_the_anchor_fills_it_too(tmp_path: Path) -> None:
     with open_store(tmp_path / "s.db") as store:
         lineage = Lineage(store)

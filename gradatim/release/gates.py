@@ -171,8 +171,13 @@ class ReplayGate:
             beside = scores[anchor.id] if anchor.id != live.id else None
             found.compare(cases, scores[candidate.id], scores[live.id], beside)
             gains = gained(cases, scores[candidate.id], scores[anchor.id])
-        proof = self._proof(cases, gains, live, anchor)
-        missing = proof.missing(self._config, live, anchor) if found.decision is Decision.PASS else ""
+        proof = Proof(
+            before=standing(self._store, live, anchor),
+            gains=held_out(cases, gains),
+            harmless=found.decision is Decision.PASS,
+            lift=self._lift(live.id) if self._lift is not None and anchor.parent_id is None else -1.0,
+        )
+        missing = proof.missing(self._config, live, anchor)
         return Verdict(
             adapter_id=candidate.id,
             created_at=self._clock(),
@@ -182,11 +187,6 @@ class ReplayGate:
             evidence={"cases": len(cases)} | found.evidence | proof.evidence() | ({MISSING: 1.0} if missing else {}),
             reason=missing or found.reason or self._passed(cases),
         )
-
-    def _proof(self, cases: Sequence[Example], gains: Sequence[float], live: Adapter, anchor: Adapter) -> Proof:
-        """By what was never trained on, and by traffic where the anchor is the base."""
-        lift = self._lift(live.id) if self._lift is not None and anchor.parent_id is None else -1.0
-        return Proof(before=standing(self._store, live, anchor), gains=held_out(cases, gains), lift=lift)
 
     def _scorable(self, candidate: Adapter, cases: Sequence[Example]) -> Sequence[Example]:
         """Without those that cannot be scored, such as an answer longer than the learner takes: one of them must not

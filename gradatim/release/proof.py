@@ -5,8 +5,8 @@ hundred such losses add up. So only ``gate.unproven`` updates in a row may go li
 than the anchor, and the next one needs it. Proof is an e-value (``stats.pooled``) on known answers that nothing was
 ever trained on, one difference for each prompt, against H0: no better than the anchor on average over all of them. The
 k-th try since the last proof is at level 6 ALPHA / (pi k)^2, which sums to ALPHA, so that trying again and again does
-not help. Or it is traffic that shows the live adapter to be better, where the frozen base is the anchor and answers
-some of it (``release.lift``).
+not help; what is refused for harm is no try. Or it is traffic that shows the live adapter to be better, where the
+frozen base is the anchor and answers some of it (``release.lift``).
 
 Where it stands is read from the verdicts of the replay gate, each of which records it: a restart changes nothing, and
 a rollback goes back to the count of the adapter that is live again. What it does not know: that the answers it compares
@@ -29,7 +29,7 @@ from gradatim.types import APPROVAL, Adapter, Example, Verdict
 REPLAY = "replay"  # the gate whose verdicts record it
 MISSING = "proof.missing"  # 1 in the evidence of a refusal for want of it
 ALPHA = 0.05  # chance of a proof, in all tries since the last one, where nothing is better than the anchor
-PROVABLE = 20  # prompts that were never trained on; with fewer none is asked for
+PROVABLE = 30  # prompts that were never trained on; with fewer none is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,12 @@ class Proof:
 
     before: Standing
     gains: Sequence[float]  # (N,) by how much likelier it gives the answers to N prompts that were never trained on
+    harmless: bool = True  # all else lets it pass; if not, its proof would prove nothing that goes live
     lift: float = -1.0  # lower bound of the live adapter's over the anchor in traffic; -1: none
 
     @property
     def is_tried(self) -> bool:
-        return len(self.gains) >= PROVABLE
+        return self.harmless and len(self.gains) >= PROVABLE
 
     @property
     def tries(self) -> int:
