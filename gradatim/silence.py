@@ -26,7 +26,7 @@ class Silence:
 
     def look(self, known: int) -> tuple[Sequence[Case], int]:
         """The next of them, and the cursor behind them. ``known``: the position up to which feedback was judged, which
-        each of them takes for its own. What is older than this cursor's first day is left alone."""
+        each of them takes for its own. What was there before the first look is left alone."""
         at = self.store.cursor(SILENT)
         if not at:
             return [], next((position for position, _ in self.store.newest(Step)), 0)

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from gradatim.config import LearnerConfig, LoopConfig, RewardConfig
-from gradatim.credit import OutcomeCredit
-from gradatim.examples import ExampleBuilder
+from gradatim.config import LearnerConfig, LoopConfig
 from gradatim.learner.learner import LoraLearner
 from gradatim.loop import Loop
 from gradatim.nn.base import Base
 from gradatim.nn.lora import read_adapter
 from gradatim.release.traffic import rollback
-from gradatim.reward import WeightedReward
 from gradatim.store import SqlStore, audit
-from gradatim.types import Adapter, AdapterId, Decision, Feedback, Stage, Step, StepId
+from gradatim.types import Adapter, AdapterId, Feedback, Stage, Step, StepId
 
+from . import test_flow as flow
 from .records import adapter, feedback, step
-from .test_examples import Letters
-from .test_flow import FixedGate, NoReplay
 
 LEARNING = LearnerConfig(
     rank=2, min_examples=1, epochs=1, max_length=64, habit_limit=0.0, length_limit=0.0, kl_base_limit=1e9
@@ -27,18 +25,9 @@ LEARNING = LearnerConfig(
 
 
 def loop_on(store: SqlStore, base: Base, root: Path) -> Loop:
-    return Loop(
-        name="agent",
-        store=store,
-        reward_model=WeightedReward(RewardConfig()),
-        credit=OutcomeCredit(RewardConfig()),
-        examples=ExampleBuilder(store, Letters(), retain_every=0),
-        replay=NoReplay(),
-        learner=LoraLearner(base, LEARNING, root, "agent"),
-        gates={Stage.CANDIDATE: [FixedGate(Decision.PASS)]},
-        config=LoopConfig(settle_s=0.0),
-        learning=LEARNING,
-    )
+    loop, _ = flow.loop_on(store)
+    learner = LoraLearner(base, LEARNING, root, "agent")
+    return replace(loop, learner=learner, learning=LEARNING, config=LoopConfig(settle_s=0.0), clock=time.time)
 
 
 def lives(store: SqlStore) -> list[AdapterId]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from gradatim.store import SqlShelf, open_store
 from gradatim.types import Move, ShadowPair, Stage, Step, Verdict
 
 from .records import feedback, step
+from .test_drift_served import WITHIN_S, until
 
-WITHIN_S = 240.0
 GAMED = """
 [learner]
 min_examples = 100000
@@ -79,13 +79,6 @@ def serving(tmp_path: Path, model: Path, text: str) -> Iterator[Served]:
         yield Served(server.url, tmp_path / "data", settings)
     finally:
         server.kill()
-
-
-def until(condition: Callable[[], Any], what: str) -> None:
-    end = time.monotonic() + WITHIN_S
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.2)
 
 
 def please_users(data: Path, episodes: int) -> None:

@@ -138,8 +138,9 @@ class AuditedReward:
     def _can_be_fitted(self) -> bool:
         """Where nobody else spoke of the audited episodes, the states over their answers may."""
         rows = self._ledger.rows()
-        if is_enough(rows, self._config) or self._hidden is None:
-            return is_enough(rows, self._config)
+        enough = is_enough(rows, self._config)
+        if enough or self._hidden is None:
+            return enough
         if self._ledger.labels < self._tried * _MORE_LABELS:
             return False
         self._tried = self._ledger.labels
