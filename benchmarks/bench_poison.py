@@ -22,12 +22,13 @@ lower by more than 5 points. That feedback is hostile in these ways is made up; 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -375,37 +376,37 @@ def parsed() -> argparse.Namespace:
     parser = harness.options(__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--attacks", nargs="*", choices=sorted({k for k, _ in ATTACKS}), help="only these")
+    parser.add_argument("--shares", nargs="*", type=float, help="of the attacks, only those with such a share")
+    parser.add_argument("--open-seeds", type=int, help="seeds that are run without defences too (default: all)")
     parser.add_argument("--results", type=Path, help="where finished cells are kept (default: a temporary folder)")
     parser.add_argument("--data-dir", type=Path, help="holds the converted model (default: a temporary folder)")
     return parser.parse_args()
 
 
-def run(args: argparse.Namespace, subject: Subject, results: Path, attacks: Sequence[tuple[str, float]]) -> Cells:
+def planned(args: argparse.Namespace) -> Iterator[tuple[str, float, int, str]]:
+    """The cells: an attack, its share, a seed and an arm."""
+    opened = args.seeds if args.open_seeds is None else args.open_seeds
+    for seed, (kind, share), arm in itertools.product(range(args.seeds), ATTACKS, ARMS):
+        asked = (not args.attacks or kind in args.attacks) and (not args.shares or share in args.shares)
+        if asked and (arm == "on" or seed < opened):
+            yield kind, share, seed, arm
+
+
+def run(args: argparse.Namespace, subject: Subject, results: Path) -> Cells:
     cells: dict[tuple[str, float, int, str], dict[str, Any]] = {}
-    for seed in range(args.seeds):
-        before = results / f"taught-{seed}"
-        for kind, share in attacks:
-            for arm in ARMS:
-                kept_in = results / f"{kind}-{share:g}-{seed}-{arm}.json"
-                if not kept_in.exists():
-                    if not (before / "done").exists():
-                        shutil.rmtree(before, ignore_errors=True)
-                        taught(subject, before, seed)
-                        (before / "done").touch()
-                    done = cell(subject, before, kind, share, seed, arm)
-                    kept_in.write_text(json.dumps(done))
-                    figures = {k: done[k] for k in ("promoted", "success_before", "success", "taught_bad", "cpu_s")}
-                    print(
-                        kind,
-                        share,
-                        seed,
-                        arm,
-                        known_score(done["anchor"]),
-                        known_score(done["live"]),
-                        figures,
-                        flush=True,
-                    )
-                cells[kind, share, seed, arm] = json.loads(kept_in.read_text())
+    for kind, share, seed, arm in planned(args):
+        before, kept_in = results / f"taught-{seed}", results / f"{kind}-{share:g}-{seed}-{arm}.json"
+        if not kept_in.exists():
+            if not (before / "done").exists():
+                shutil.rmtree(before, ignore_errors=True)
+                taught(subject, before, seed)
+                (before / "done").touch()
+            done = cell(subject, before, kind, share, seed, arm)
+            kept_in.write_text(json.dumps(done))
+            figures = {k: done[k] for k in ("promoted", "success_before", "success", "taught_bad", "cpu_s")}
+            scores = known_score(done["anchor"]), known_score(done["live"])
+            print(kind, share, seed, arm, *scores, figures, flush=True)
+        cells[kind, share, seed, arm] = json.loads(kept_in.read_text())
     return cells
 
 
@@ -413,17 +414,16 @@ def main() -> None:
     global PAST, NEW
     args = parsed()
     torch.set_num_threads(1)
-    attacks = [a for a in ATTACKS if not args.attacks or a[0] in args.attacks]
     held_out = HELD_OUT
     if args.quick:
         PAST, NEW, held_out, args.seeds = 8, 15, 6, 1
-        attacks = [a for a in attacks if a in (("flip", 0.2), ("backdoor", 0.2))]
+        args.attacks, args.shares = ["flip", "backdoor"], [0.2]
     with tempfile.TemporaryDirectory() as scratch:
         results: Path = args.results or Path(scratch) / "results"
         results.mkdir(parents=True, exist_ok=True)
         pages = bench(args.data_dir or Path(scratch), held_out)
         subject = Subject(pages, Renderer(pages.base), Spoiler.of(pages.base))
-        cells = run(args, subject, results, attacks)
+        cells = run(args, subject, results)
     details = {"seeds": args.seeds, "cells": {" ".join(map(str, key)): c for key, c in cells.items()}}
     harness.report("bench_poison", goals_of(cells), details, args)
 

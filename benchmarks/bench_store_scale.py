@@ -279,10 +279,11 @@ class Learner:
 
 
 class Scorer:
-    """Every adapter knows every answer."""
+    """Every adapter knows every answer, the base by chance only, so that there is proof of what was learned."""
 
     def score(self, adapter: Adapter, examples: Sequence[Example]) -> Sequence[CaseScore]:
-        return [CaseScore(logprob=-0.01, greedy=True) for _ in examples]
+        found = CaseScore(logprob=-0.01, greedy=True) if adapter.step else CaseScore(logprob=-2.0, greedy=False)
+        return [found for _ in examples]
 
 
 class Letters:

@@ -28,6 +28,15 @@ def command_examples() -> Files:
     return _sessions("networkx")
 
 
+def cloud_commands() -> Files:
+    """Commands and the JSON that they print, one file a command: the examples of awscli (Apache-2.0), an optional
+    download (``pip install --no-deps awscli``). Empty where it is not installed."""
+    if importlib.util.find_spec("awscli") is None:
+        return {}
+    folder = root("awscli") / "examples"
+    return {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in sorted(folder.rglob("*.rst"))}
+
+
 def descriptions() -> Files:
     """What some packages say of themselves: this package's dependencies."""
     names = ("alembic", "httpx", "numpy", "pydantic", "rich", "safetensors", "scipy", "sqlalchemy", "typer", "uvicorn")

@@ -280,6 +280,7 @@ class MemoryConfig:
     consolidate: bool = False  # after a promotion, what the weights know by themselves is retired
     attention: bool = False  # prompts and sessions may be longer than the window: attention to the nearest keys beyond
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
+    scopes: Literal["system", "one"] = "system"  # what is kept apart: answers under other system prompts, or nothing
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
     width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
     odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence

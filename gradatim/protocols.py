@@ -123,14 +123,26 @@ class Sessions(Protocol):
     """What conversations have read, so that a request can go on from it. Methods may block for a file at most."""
 
     def open(
-        self, user: str, session_id: str, adapter_sha256: str, *, episode_id: EpisodeId, must_exist: bool = False
+        self,
+        user: str,
+        session_id: str,
+        adapter_sha256: str,
+        *,
+        episode_id: EpisodeId,
+        scope: str = "",
+        must_exist: bool = False,
     ) -> OpenReading:
-        """For one request; "" as the id: of a session that nobody can go on from. SessionError where another request
-        has it, UnknownSessionError where it must exist and does not."""
+        """For one request; "" as the id: of a session that nobody can go on from. ``scope`` is that of its
+        system part, and counts where it begins a session. SessionError where another request has it,
+        UnknownSessionError where it must exist and does not."""
 
 
 class OpenReading(Reading, Protocol):
     """As its owner sees it."""
+
+    @property
+    def scope(self) -> str:
+        """That of the request that began the session."""
 
     def trace(self) -> Mapping[str, Any]:
         """What it came to, for the record; empty where the engine did without it."""
@@ -142,8 +154,8 @@ class OpenReading(Reading, Protocol):
 class Memory(Protocol):
     """What was said of answers, and changes the next ones. Never blocks a request for longer than a search."""
 
-    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str) -> Recollection:
-        """For one request of a user that these weights answer."""
+    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str, scope: str = "") -> Recollection:
+        """For one request of a user that these weights answer; ``scope`` is that of its system part."""
 
     def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
         """The request was answered and recorded as these steps; it may be judged from now on."""

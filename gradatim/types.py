@@ -123,6 +123,7 @@ class Step:
     )  # the share of each adapter, where one was tossed for it
     drawn_logprobs: tuple[float, ...] = ()  # (T,) under what memory made of the model's distribution; (): as logprobs
     memory: Mapping[str, Any] = field(default_factory=dict)  # what memory did to this answer; empty: it had no part
+    scope: str | None = None  # digest of the system part as received; None: of an older record, which did not say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +386,7 @@ class MemoryEntry:
     sources: tuple[str, ...] = ()  # of the feedback it rests on
     epoch: int = 0  # the newest one when it was written
     position: int = 0  # of the newest feedback it rests on
+    scope: str = ""  # of that answer: the kind of task, as the system part says it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

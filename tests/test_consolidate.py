@@ -17,6 +17,7 @@ from gradatim.config import MemoryConfig
 from gradatim.learner.replay import StoreReplay
 from gradatim.memory import follow
 from gradatim.memory.consolidate import Consolidation, supplied, undo
+from gradatim.memory.contents import Whose
 from gradatim.memory.decisions import DecisionMemory
 from gradatim.memory.key_space import KeySpace, Turn, key_of
 from gradatim.nn.base import Base
@@ -85,7 +86,7 @@ def near(memory: DecisionMemory, step: int, at: int = 0) -> set[str]:
     space = memory.expect(AdapterId(f"agent@{step}"), records.adapter(step, step - 1).sha256)
     own = memory.expect(AdapterId("agent@1"), records.adapter(1, 0).sha256)
     memory.bridge(space.id, own.id if space.id != own.id else None)
-    return {e.id for e, _ in memory.near("", space, key_of(ALONG[at]), 0.5).near}
+    return {e.id for e, _ in memory.near(Whose(""), space, key_of(ALONG[at]), 0.5).near}
 
 
 def test_what_is_known_with_its_paraphrases_is_retired_under_these_weights_alone(store: SqlStore) -> None:

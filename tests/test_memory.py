@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gradatim.config import MemoryConfig, RewardConfig
 from gradatim.credit import OutcomeCredit
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
+from gradatim.memory.contents import Whose
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.follow import Follower
 from gradatim.memory.key_index import KeyIndex
@@ -78,15 +79,15 @@ def opened(
 
 def learn(memory: DecisionMemory, made: MemoryEntry, seed: int, **fields: Any) -> None:
     """As after an answer at that place, and its feedback."""
-    recall = memory.recollect(made.user, BASE, "base")
+    recall = memory.recollect(made.user, BASE, "base", made.scope)
     recall.situate(state(seed))
     memory.answered(recall, [made.step_id], steered=False)
     memory.write(made.episode_id, [made], **fields)
 
 
-def bias(memory: DecisionMemory, seed: int, user: str = "", sha: str = "base") -> Mapping[int, float]:
+def bias(memory: DecisionMemory, seed: int, user: str = "", sha: str = "base", scope: str = "") -> Mapping[int, float]:
     """Of the first token, where the model finds every token as likely as one in ten."""
-    recall = memory.recollect(user, BASE, sha)
+    recall = memory.recollect(user, BASE, sha, scope)
     recall.situate(state(seed))
     return recall.lean((), 0.0, lambda ids: [math.log(0.1)] * len(ids))
 
@@ -215,7 +216,7 @@ def test_added_revised_retracted_and_forgotten_in_any_order_is_as_if_written_onc
             assert now.stats()["entries"] == len(left)
             query = key_of(state(3))
             wide = replace(CONFIG, width=5.0)  # all of them count
-            found = now.near("", now.recollect("", BASE, "base").space, query, -1.0).near
+            found = now.near(Whose(""), now.recollect("", BASE, "base").space, query, -1.0).near
             got = {a.tokens[0]: a.evidence for a in actions_of(found, wide)}
             sure = SURE
             want = dict.fromkeys(range(3), 0.0)
@@ -260,7 +261,7 @@ def test_forgetting_acts_by_the_next_token_and_for_good(store: SqlStore, scope: 
     learn(memory, other, 2)
     memory._spaces.wait([made.step_id], memory.recollect("", BASE, "base").space.id, key_of(state(1)))
     memory.write(made.episode_id, [made])
-    recall = Recall(memory, CONFIG, "t", memory.recollect("", BASE, "base").space)
+    recall = Recall(memory, CONFIG, Whose("t"), memory.recollect("", BASE, "base").space)
     recall.situate(state(1))
     uniform = lambda ids: [math.log(0.1)] * len(ids)  # noqa: E731
     assert recall.lean((), 0.0, uniform)
@@ -483,7 +484,7 @@ async def test_after_a_promotion_old_keys_stand_in_where_steps_find_themselves_a
     assert await follower.turn()  # keys of 8 of them
     assert len(memory.unkeyed(99)) == 4
     lacking = memory.unkeyed(99)[0][0]
-    found = memory.near("", new, key_of(state(int(lacking[1:]))), 0.9).near
+    found = memory.near(Whose(""), new, key_of(state(int(lacking[1:]))), 0.9).near
     assert [e.step_id for e, _ in found] == ([lacking] if stands_in else [])
     while await follower.turn():
         pass

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradatim.config import GateConfig
 from gradatim.release.gates import ReplayGate
-from gradatim.release.proof import ALPHA, PROVABLE, Proof, Standing, awaited, held_out, standing
+from gradatim.release.proof import ALPHA, FARTHEST, PROVABLE, Proof, Standing, awaited, held_out, standing
 from gradatim.release.traffic import approve, rollback
 from gradatim.stats.pooled import BETS, log_e
 from gradatim.store import SqlStore, open_store
@@ -219,6 +219,17 @@ def test_what_is_refused_for_harm_is_no_try(tmp_path: Path) -> None:
         assert first.evidence["unproven"] == 0.0 and second.decision is not Decision.PASS
         assert second.evidence["proof.log_e"] > second.evidence["proof.needed"]
         assert second.evidence["proof.tries"] == 0.0 and second.evidence["unproven"] == 1.0
+
+
+def test_of_a_long_lineage_that_never_said_only_so_much_is_looked_at(tmp_path: Path) -> None:
+    with open_store(tmp_path / "s.db") as store:
+        of = [adapter(0), *(adapter(i, parent=i - 1) for i in range(1, FARTHEST + 50))]
+        for made in of:
+            store.append(made)
+            if made.step:  # there is room for one candidate at a time
+                store.move(Lineage.move(made.id, Stage.CANDIDATE, Stage.REJECTED))
+        assert standing(store, of[-1], of[0]) == Standing(unproven=FARTHEST)
+        assert standing(store, of[40], of[0]) == Standing(unproven=40)
 
 
 def test_a_person_who_moves_the_anchor_fills_it_too(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from sqlalchemy import Engine, create_engine, event, inspect, text
 
 import gradatim
 from gradatim.errors import StoreError
+from gradatim.scopes import scope_of
 from gradatim.store import SqlStore, open_store
 from gradatim.store.migrations import scripts
-from gradatim.store.rows import to_row
+from gradatim.store.rows import from_kept, to_row
 from gradatim.store.schema import FLOATS, JSON, JSON_TUPLE, TABLES, TOKENS, metadata
+from gradatim.store.shelf import SqlShelf
 from gradatim.testing.records import a_move, an_adapter
-from gradatim.types import RECORDS, AdapterId, Example, Feedback, Move, Stage, Step, Update
+from gradatim.types import RECORDS, AdapterId, Example, Feedback, MemoryEntry, Move, Stage, Step, Update
 from tests.records import example, feedback, step
 from tests.test_store import create_database, postgresql_socket
 
@@ -181,6 +183,36 @@ def test_examples_of_an_older_database_read_as_what_they_were(tmp_path: Path) ->
         hinted = example("y", chosen_ids=(), rejected_ids=(7,), hint_ids=(1, 9, 2), label=0.75, logprobs=(-0.1,))
         store.append(hinted)
         assert [e for _, e in store.read(Example, id="y")] == [hinted]
+
+
+def test_what_was_remembered_before_scopes_gets_that_of_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    old = create_engine(f"sqlite:///{path}")
+    asked = step("s1", messages=({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}))
+    made = MemoryEntry(
+        id="s1+",
+        tenant="",
+        user="",
+        episode_id=asked.episode_id,
+        step_id=asked.id,
+        created_at=1.0,
+        tokens=(5,),
+        value=1.0,
+    )
+    with old.begin() as connection:
+        opts = {"fn": lambda revision, _: scripts()._upgrade_revs("011_memory_notes", revision)}
+        context = MigrationContext.configure(connection, opts=opts)
+        with Operations.context(context):
+            context.run_migrations()
+        for table, row in (("steps", to_row(asked) | {"log_position": 1}), ("memory_entries", from_kept(made))):
+            columns = {k: v for k, v in row.items() if k != "scope"}
+            names, values = ", ".join(f'"{n}"' for n in columns), ", ".join(f":{n}" for n in columns)
+            connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({values})"), columns)
+        connection.execute(text("UPDATE log_end SET log_position = 1"))
+    old.dispose()
+    with open_store(path) as store:
+        assert store.step(id=asked.id) == asked and asked.scope is None
+        assert SqlShelf(store.engines).load(MemoryEntry) == [replace(made, scope=scope_of(asked.messages))]
 
 
 def test_what_updates_kept_of_their_change_was_a_metric_once(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ class Consolidation:
         live = live_adapter(self._store, self._name)
         if live is None:
             return {"adapter": None, "looked_at": 0, "retired": 0, "entries": []}
-        contents = read_into(Contents(), self._shelf)
+        contents = read_into(Contents(by_scope=self._config.scopes == "system"), self._shelf)
         settled = {
             (row.entry_id, row.position) for row in self._shelf.load(MemoryRetirement, adapter_sha256=live.sha256)
         }
@@ -174,10 +174,11 @@ def _good(contents: Contents) -> list[MemoryEntry]:
 
 def _alike(entry: MemoryEntry, contents: Contents, space: str | None) -> list[StepId]:
     """The nearest other steps of the tenant at which the same answer was judged good."""
-    index = contents.indexes.get((entry.tenant, space or ""))
+    whose = contents.whose_is(entry)
+    index = contents.indexes.get((whose, space or ""))
     if index is None or entry.step_id not in index:
         return []
-    near = contents.near(entry.tenant, space or "", None, index.of(entry.step_id)[0], LIKE)
+    near = contents.near(whose, space or "", None, index.of(entry.step_id)[0], LIKE)
     steps = [e.step_id for e, _ in near if e.value > 0.0 and e.tokens == entry.tokens and e.step_id != entry.step_id]
     return list(dict.fromkeys(steps))[:PARAPHRASES]
 

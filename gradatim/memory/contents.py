@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,13 @@ Floats = NDArray[np.float32]
 NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
 
 
+class Whose(NamedTuple):
+    """Answers that one request may be changed by; each has an index of its own."""
+
+    tenant: str
+    scope: str = ""  # the kind of task
+
+
 class Drops(Protocol):
     """Something that is made of entries."""
 
@@ -38,14 +45,16 @@ class Drops(Protocol):
 
 
 class Contents:
-    """Everything that a search or an operator looks at."""
+    """Everything that a search or an operator looks at. ``by_scope``: kinds of tasks are kept apart."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_scope: bool) -> None:
+        self._by_scope = by_scope
         self.entries: dict[str, MemoryEntry] = {}
         self.by_step: dict[StepId, list[str]] = {}
         self.by_episode: dict[EpisodeId, set[str]] = defaultdict(set)
         self.sizes: Counter[str] = Counter()  # entries by tenant
-        self.indexes: dict[tuple[str, str], KeyIndex] = {}  # by tenant and space
+        self.held: Counter[Whose] = Counter()  # entries by where they count
+        self.indexes: dict[tuple[Whose, str], KeyIndex] = {}  # by that and space
         self.versions: Counter[str] = Counter()  # by tenant: rises when something is taken out or changed
         self.epochs: dict[str, MemoryEpoch] = {}
         self.tombstones: list[Tombstone] = []
@@ -66,6 +75,7 @@ class Contents:
             self.by_step.setdefault(entry.step_id, []).append(entry.id)
             self.by_episode[entry.episode_id].add(entry.id)
             self.sizes[entry.tenant] += 1
+            self.held[self.whose_is(entry)] += 1
         else:
             self.versions[entry.tenant] += 1
         self.entries[entry.id] = entry
@@ -80,14 +90,15 @@ class Contents:
                 continue
             self.by_episode[entry.episode_id].discard(entry_id)
             self.sizes[entry.tenant] -= 1
+            self.held[self.whose_is(entry)] -= 1
             self.versions[entry.tenant] += 1
             for answer_id in self._uses.pop(entry_id, {}):
                 self._used_by[answer_id].discard(entry_id)
             self.by_step[entry.step_id].remove(entry_id)
             if not self.by_step[entry.step_id]:
                 del self.by_step[entry.step_id]
-                for (tenant, _), index in self.indexes.items():
-                    if tenant == entry.tenant:
+                for (whose, _), index in self.indexes.items():
+                    if whose == self.whose_is(entry):
                         index.remove(entry.step_id)
 
     def without(self, ids: set[str]) -> list[StepId]:
@@ -159,7 +170,7 @@ class Contents:
             self.damaged += 1
         if not ids or key is None:
             return
-        at = (self.entries[ids[0]].tenant, kept.space)
+        at = (self.whose_is(self.entries[ids[0]]), kept.space)
         index = self.indexes.setdefault(at, KeyIndex(len(key)))
         try:
             index.replace(kept.step_id, key[None])
@@ -167,7 +178,7 @@ class Contents:
             self.damaged += 1
 
     def has_key(self, step_id: StepId, space: str) -> bool:
-        index = self.indexes.get((self.tenant_of(step_id), space))
+        index = self.indexes.get((self.whose_step(step_id), space))
         return index is not None and step_id in index
 
     def fullest(self, *, but: str = "") -> str | None:
@@ -186,20 +197,26 @@ class Contents:
         one that lies where it does. None where it has no key there."""
         if step_id not in self.by_step or not self.has_key(step_id, space):
             return None
-        index = self.indexes[self.tenant_of(step_id), space]
+        index = self.indexes[self.whose_step(step_id), space]
         ((nearest, _),) = index.near(key, 1)
         return nearest == step_id or float(index.of(step_id)[0] @ index.of(nearest)[0]) > 0.999
 
-    def tenant_of(self, step_id: StepId) -> str:
-        return self.entries[self.by_step[step_id][0]].tenant
+    def whose(self, tenant: str, scope: str) -> Whose:
+        return Whose(tenant, scope if self._by_scope else "")
+
+    def whose_is(self, entry: MemoryEntry) -> Whose:
+        return self.whose(entry.tenant, entry.scope)
+
+    def whose_step(self, step_id: StepId) -> Whose:
+        return self.whose_is(self.entries[self.by_step[step_id][0]])
 
     def near(
-        self, tenant: str, space: str, stand_in: str | None, key: Floats, floor: float
+        self, whose: Whose, space: str, stand_in: str | None, key: Floats, floor: float
     ) -> Iterator[tuple[MemoryEntry, float]]:
         """Entries that count and their cosines, of the keys in a space, and of those that only ``stand_in`` has."""
-        since = self.since(tenant)
-        own = self.indexes.get((tenant, space))
-        other = self.indexes.get((tenant, stand_in)) if stand_in is not None and stand_in != space else None
+        since = self.since(whose.tenant)
+        own = self.indexes.get((whose, space))
+        other = self.indexes.get((whose, stand_in)) if stand_in is not None and stand_in != space else None
         found = own.near(key, NEIGHBOURS, floor) if own is not None else []
         if other is not None:
             elsewhere = other.near(key, NEIGHBOURS, floor)
@@ -242,9 +259,11 @@ class Contents:
     def row(self, entry: MemoryEntry) -> dict[str, Any]:
         """For people and machines."""
         helped, harmed = self.helped(entry.id)
+        whose = self.whose_is(entry)
         return {
             "id": entry.id,
             "tenant": entry.tenant,
+            "scope": entry.scope,
             "user": entry.user,
             "episode_id": entry.episode_id,
             "response_id": entry.step_id,
@@ -259,7 +278,7 @@ class Contents:
             ),
             "helped": helped,
             "harmed": harmed,
-            "spaces": sorted(s for (t, s), i in self.indexes.items() if t == entry.tenant and entry.step_id in i),
+            "spaces": sorted(s for (w, s), i in self.indexes.items() if w == whose and entry.step_id in i),
         }
 
     def stats(self) -> dict[str, int]:
@@ -270,6 +289,7 @@ class Contents:
             "active": sum(e.epoch >= self.since(e.tenant) for e in self.entries.values()),
             "retired": len({i for rows in self.retired.values() for i in rows if i in self.entries}),
             "tenants": sum(n > 0 for n in self.sizes.values()),
+            "scopes": len({entry.scope for entry in self.entries.values()}),
             "keys": sum(map(len, self.indexes.values())),
             "helped": sum(helped for helped, _ in told),
             "harmed": sum(harmed for _, harmed in told),

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from gradatim.config import MemoryConfig
 from gradatim.errors import StoreError
 from gradatim.memory import upkeep
-from gradatim.memory.contents import Contents, covers
+from gradatim.memory.contents import Contents, Whose, covers
 from gradatim.memory.key_space import Floats, KeySpace, Turn, check_space, made_with, to_bytes
 from gradatim.memory.notes import Notes
 from gradatim.memory.recall import Neighbourhood, Recall
@@ -80,7 +80,7 @@ class DecisionMemory:
         for row in () if looked_at else kept:
             check_space(row, space)
         self._spaces = Spaces(space, kept)
-        self._all = Contents()
+        self._all = Contents(by_scope=config.scopes == "system")
         self._all.tokens = tokens or folders
         self._tokens, self._folders = tokens, folders
         upkeep.read_into(self._all, shelf)
@@ -93,33 +93,35 @@ class DecisionMemory:
         """Whose memory a request of this user reads, and its feedback writes."""
         return user if self.config.tenants == "user" else ""
 
-    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str) -> Recall:
+    def recollect(self, user: str, adapter_id: AdapterId, adapter_sha256: str, scope: str = "") -> Recall:
         """For one request that these weights answer."""
         self.counts["recalls"] += 1
-        return Recall(self, self.config, self.tenant(user), self.expect(adapter_id, adapter_sha256))
+        return Recall(
+            self, self.config, self._all.whose(self.tenant(user), scope), self.expect(adapter_id, adapter_sha256)
+        )
 
     def expect(self, adapter_id: AdapterId, adapter_sha256: str) -> KeySpace[Turn]:
         """Make keys for requests that these weights answer."""
         with self._lock:
             return self._spaces.expect(adapter_id, adapter_sha256, self._clock())
 
-    def near(self, tenant: str, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood:
+    def near(self, whose: Whose, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood:
         """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
         with self._lock:
             found = sorted(
-                self._all.near(tenant, space.id, self._spaces.stand_in(space.id), key, floor),
+                self._all.near(whose, space.id, self._spaces.stand_in(space.id), key, floor),
                 key=lambda pair: pair[0].id,
             )
             known = [pair for pair in found if self._all.is_known(pair[0], space.adapter_sha256)]
             left = [pair for pair in found if not self._all.is_known(pair[0], space.adapter_sha256)]
-            return Neighbourhood(left, self._all.versions[tenant], self._all.since(tenant), known)
+            return Neighbourhood(left, self._all.versions[whose.tenant], self._all.since(whose.tenant), known)
 
     def version(self, tenant: str) -> int:
         return self._all.versions[tenant]
 
-    def holds(self, tenant: str) -> bool:
-        """Whether anything is remembered of it."""
-        return self._all.sizes[tenant] > 0
+    def holds(self, whose: Whose) -> bool:
+        """Whether anything is remembered there."""
+        return self._all.held[whose] > 0
 
     def answered(self, recollection: Recollection, step_ids: Sequence[StepId], *, steered: bool) -> None:
         """Keep the key of an answer until it is judged."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from gradatim.protocols import Tokenizer
+from gradatim.scopes import scope_of
 from gradatim.types import Case, Credit, Feedback, MemoryEntry, Reward, Step, StepId
 
 LEAST_VALUE = 0.02  # a judgement that says less is not worth a row
@@ -50,6 +51,7 @@ def entries_of(
                     value=max(-1.0, min(1.0, value)),
                     sources=sources,
                     position=case.position,
+                    scope=scope_of(step.messages) if step.scope is None else step.scope,
                 )
             )
     return out

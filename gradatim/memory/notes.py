@@ -15,10 +15,10 @@ from typing import Any
 
 from gradatim.errors import ConflictError, StoreError
 from gradatim.protocols import Shelf
+from gradatim.scopes import ROLES
 from gradatim.types import MemoryNote, Message, Tombstone
 
 MOST_CHARS = 4000  # of all notes of a tenant
-_SYSTEM = ("system", "developer")
 
 
 class Notes:
@@ -80,7 +80,7 @@ def noted(messages: Sequence[Message], notes: Sequence[MemoryNote]) -> tuple[Mes
     if not notes:
         return tuple(messages)
     text = "\n\n".join(note.text for note in notes)
-    if not messages or messages[0].get("role") not in _SYSTEM:
+    if not messages or messages[0].get("role") not in ROLES:
         return ({"role": "system", "content": text}, *messages)
     return ({**messages[0], "content": _joined(messages[0].get("content"), text)}, *messages[1:])
 

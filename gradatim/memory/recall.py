@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.config import MemoryConfig
+from gradatim.memory.contents import Whose
 from gradatim.memory.key_space import KeySpace, Turn
 from gradatim.memory.steering import Action, Steering
 from gradatim.types import MemoryEntry
@@ -53,7 +54,7 @@ class TokenUse:
 class Source(Protocol):
     """The memory, as seen from a request."""
 
-    def near(self, tenant: str, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood: ...
+    def near(self, whose: Whose, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood: ...
 
     def version(self, tenant: str) -> int: ...
 
@@ -93,14 +94,18 @@ def steering_of(found: Neighbourhood, config: MemoryConfig) -> Steering:
 class Recall:
     """Implements ``protocols.Recollection``. Used by the engine's thread, and read by its owner afterwards."""
 
-    def __init__(self, source: Source, config: MemoryConfig, tenant: str, space: KeySpace[Turn]) -> None:
-        self.tenant, self.space = tenant, space
+    def __init__(self, source: Source, config: MemoryConfig, whose: Whose, space: KeySpace[Turn]) -> None:
+        self.whose, self.space = whose, space
         self.key: Floats | None = None
         self.tokens = TokenUse()
         self._source, self._config = source, config
         self._found = Neighbourhood((), 0, 0)
         self._steering = Steering((), odds=config.odds)
         self._leant = False
+
+    @property
+    def tenant(self) -> str:
+        return self.whose.tenant
 
     def place(self, key: Floats) -> None:
         """Where its prompt lies as it was asked; what stands in it besides, when it is read, is not to move it."""
@@ -126,7 +131,7 @@ class Recall:
         assert self.key is not None, "situate first"
         if not self._config.decisions:
             return
-        self._found = self._source.near(self.tenant, self.space, self.key, floor_of(self._config))
+        self._found = self._source.near(self.whose, self.space, self.key, floor_of(self._config))
         self._steering = steering_of(self._found, self._config)
 
     def trace(self, tokens: Sequence[int]) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Retrieval:
         """None where nothing is near. Raises what ``Engine.generate`` does."""
         if not isinstance(recollection, Recall) or not _is_asked(messages):
             return None
-        if not self._memory.holds(recollection.tenant):  # nothing to find, so nothing is read twice
+        if not self._memory.holds(recollection.whose):  # nothing to find, so nothing is read twice
             return None
         prompt_ids, key = await self._place(messages, adapter_id)
         if key is None:
@@ -104,7 +104,7 @@ class Retrieval:
         recollection.place(key)
         assert recollection.key is not None
         around = self._memory.near(
-            recollection.tenant, recollection.space, recollection.key, self._config.retrieval_cosine
+            recollection.whose, recollection.space, recollection.key, self._config.retrieval_cosine
         )
         found = await asyncio.to_thread(self._choose, around)
         if not found:

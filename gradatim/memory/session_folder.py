@@ -32,6 +32,7 @@ class About:
     users: set[str] = field(default_factory=set)  # who wrote in it
     episodes: set[str] = field(default_factory=set)  # that it was part of
     used_at: float = 0.0
+    scope: str = ""  # of its first request
 
     def concerns(self, scope: str, value: str) -> bool:
         """Whether it is to go where that is forgotten."""
@@ -45,11 +46,11 @@ class About:
 
     def header(self) -> dict[str, str]:
         told = [self.tenant, self.id, self.base_sha256, self.tokenizer_sha256]
-        return {"about": json.dumps([*told, sorted(self.users), sorted(self.episodes), self.used_at])}
+        return {"about": json.dumps([*told, sorted(self.users), sorted(self.episodes), self.used_at, self.scope])}
 
 
 def _about(header: Mapping[str, str]) -> About:
-    tenant, session_id, base, tokenizer, users, episodes, used_at = json.loads(header["about"])
+    tenant, session_id, base, tokenizer, users, episodes, used_at, *scope = json.loads(header["about"])
     return About(
         tenant=tenant,
         id=session_id,
@@ -58,6 +59,7 @@ def _about(header: Mapping[str, str]) -> About:
         users=set(users),
         episodes=set(episodes),
         used_at=float(used_at),
+        scope=str(*scope),  # earlier files have none
     )
 
 

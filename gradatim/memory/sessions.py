@@ -47,8 +47,10 @@ class _Held:
 class _Reading:
     """Implements ``protocols.OpenReading``. Used by the engine's thread, and by its owner around that."""
 
-    def __init__(self, sessions: SessionStore, held: _Held | None, weights: str, before: Session | None) -> None:
-        self.held, self.weights, self.before = held, weights, before
+    def __init__(
+        self, sessions: SessionStore, held: _Held | None, weights: str, before: Session | None, scope: str
+    ) -> None:
+        self.held, self.weights, self.before, self.scope = held, weights, before, scope
         self.wanted = held is not None
         self.forgotten = self.closed = False
         self.known = self.reread = 0  # tokens that it goes on from, and how many of them are read anew
@@ -101,12 +103,19 @@ class SessionStore:
     # ------------------------------------------------------------------------------------------ requests
 
     def open(
-        self, user: str, session_id: str, adapter_sha256: str, *, episode_id: EpisodeId, must_exist: bool = False
+        self,
+        user: str,
+        session_id: str,
+        adapter_sha256: str,
+        *,
+        episode_id: EpisodeId,
+        scope: str = "",
+        must_exist: bool = False,
     ) -> _Reading:
         """See ``protocols.Sessions``."""
         weights = f"{adapter_sha256} {self._space}"
         if not session_id:
-            return _Reading(self, None, weights, None)
+            return _Reading(self, None, weights, None, scope)
         key = (user if self._config.tenants == "user" else "", session_id)
         with self._lock:
             held = self._held.get(key)
@@ -116,10 +125,10 @@ class SessionStore:
                 )
             if held is None:
                 about = About(tenant=key[0], id=key[1], base_sha256=self._base, tokenizer_sha256=self._tokenizer)
-                held = self._held[key] = _Held(about)
+                held = self._held[key] = _Held(replace(about, scope=scope))
             if held.reading is not None:
                 raise SessionError(f"another request has session {session_id!r}: wait for its answer")
-            reading = held.reading = _Reading(self, held, weights, None)
+            reading = held.reading = _Reading(self, held, weights, None, held.about.scope)
             held.about.users.add(user)
             held.about.episodes.add(episode_id)
         try:
@@ -128,7 +137,7 @@ class SessionStore:
             self.close(reading)
             if must_exist:
                 raise
-            return self.open(user, session_id, adapter_sha256, episode_id=episode_id)
+            return self.open(user, session_id, adapter_sha256, episode_id=episode_id, scope=scope)
         return reading
 
     def _before(self, reading: _Reading, held: _Held) -> Session | None:

@@ -29,6 +29,7 @@ from gradatim.types import APPROVAL, Adapter, Example, Verdict
 REPLAY = "replay"  # the gate whose verdicts record it
 MISSING = "proof.missing"  # 1 in the evidence of a refusal for want of it
 ALPHA = 0.05  # chance of a proof, in all tries since the last one, where nothing is better than the anchor
+FARTHEST = 100  # adapters that are looked back on, where none of them says how it stood: it was live before this rule
 PROVABLE = 30  # prompts that were never trained on; with fewer none is asked for
 
 
@@ -127,7 +128,7 @@ def awaited(store: Store) -> Verdict | None:
 def _unproven(store: Store, live: Adapter, anchor: Adapter) -> int:
     """Back from the live adapter to the last count against this anchor, to the anchor itself, or to the first one."""
     count, at = 0, live
-    while at.id != anchor.id and at.parent_id is not None:
+    while at.id != anchor.id and at.parent_id is not None and count < FARTHEST:
         for _, verdict in store.newest(Verdict, adapter_id=at.id, gate=REPLAY):
             if _is_against(verdict, anchor):
                 return count + int(verdict.evidence["unproven"])

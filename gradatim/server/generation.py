@@ -17,6 +17,7 @@ from typing import Any
 
 from gradatim.errors import EngineError, OverloadedError, PromptTooLongError, UnknownAdapterError
 from gradatim.protocols import Engine, Memory, OpenReading, Prompter, Recollection, Router, Sessions, Store
+from gradatim.scopes import scope_of
 from gradatim.server.episodes import Chain, Episodes
 from gradatim.server.health import Writes
 from gradatim.server.metrics import Metrics
@@ -88,6 +89,7 @@ class Generation:
         self._recollection: Recollection | None = None
         self._reading: OpenReading | None = None
         self._messages: tuple[Message, ...] = call.messages  # with what is pinned
+        self._scope = scope_of(call.messages)
         self._shown: Shown | None = None
         self._began_at = perf_counter()
         self._started = False
@@ -113,8 +115,8 @@ class Generation:
 
     async def _open(self) -> Started:
         self.route = await self._services.router.route(self.call.model, self.episode_id)
-        self._recollection = self._recollect()
         await self._read_on()
+        self._recollection = self._recollect()
         request = self._noted()
         if self._recollection is not None or self._reading is not None:
             request = replace(request, recollection=self._recollection, reading=self._reading)
@@ -141,11 +143,18 @@ class Generation:
             digest, episode_id = self.route.adapter_sha256, self.episode_id
             opening = asyncio.ensure_future(
                 asyncio.to_thread(
-                    sessions.open, call.user, call.reads_on, digest, episode_id=episode_id, must_exist=call.must_exist
+                    sessions.open,
+                    call.user,
+                    call.reads_on,
+                    digest,
+                    episode_id=episode_id,
+                    scope=scope_of(call.messages),
+                    must_exist=call.must_exist,
                 )
             )
             try:
                 self._reading = await asyncio.shield(opening)
+                self._scope = self._reading.scope
             except asyncio.CancelledError:
                 opening.add_done_callback(_close_opened)  # the client left: nobody else would
                 raise
@@ -194,7 +203,7 @@ class Generation:
         if memory is None or route.stage == "pinned":
             return None
         try:
-            return memory.recollect(self.call.user, route.adapter_id, route.adapter_sha256)
+            return memory.recollect(self.call.user, route.adapter_id, route.adapter_sha256, self._scope)
         except Exception:  # noqa: BLE001  the boundary to the memory: an answer without it is better than none
             self._without_memory()
             return None
@@ -322,6 +331,7 @@ class Generation:
             coin=self.route.coin,
             drawn_logprobs=drawn if memory else (),
             memory={**memory, _ATTENTION: far} if far else memory,
+            scope=self._scope,
         )
 
     async def _capture(self, steps: list[Step]) -> bool:

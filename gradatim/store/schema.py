@@ -154,6 +154,7 @@ steps = _log(
     _coded("drawn_logprobs", FLOATS, null=True),  # (T,)
     _coded("memory", JSON, null=True),
     Column("coin", Text, nullable=False, server_default=text("'{}'"), info={"codec": JSON}),
+    _key("scope", null=True),
     by=("id", "episode_id", "chain_key", "adapter_id", "user"),
     unique="id",
 )
@@ -318,6 +319,7 @@ memory_entries = _shelf(
     _coded("sources", JSON_TUPLE),
     _int("epoch"),
     _int("position"),
+    Column("scope", Text, nullable=False, server_default=text("''")),
     by=("tenant", "episode_id", "step_id"),
 )
 
