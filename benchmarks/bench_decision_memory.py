@@ -33,7 +33,7 @@ from convention import INSTRUCTION, TEAMS, Ticket, changed, convention, tickets
 
 from gradatim.config import MemoryConfig
 from gradatim.memory.decisions import DecisionMemory
-from gradatim.memory.key_space import KeySpace, Turn
+from gradatim.memory.key_space import KeySpace, Turn, key_of, turn_layers
 from gradatim.memory.recall import Recall
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.render import Renderer
@@ -69,7 +69,7 @@ class Reader:
 
     def __init__(self, base: Base) -> None:
         self._base, self._renderer = base, Renderer(base)
-        self._layer = base.model.config.num_hidden_layers // 2
+        self._layers = turn_layers(base.model.config.num_hidden_layers)
         self.names = [self._renderer.completion_ids(name) for name in TEAMS]
 
     def messages(self, ticket: Ticket, shown: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -82,7 +82,8 @@ class Reader:
         ids = self._renderer.prompt_ids(messages)
         start, end = self._renderer.turn(ids, messages)
         out = self._base.model(input_ids=torch.tensor([ids]), use_cache=True, output_hidden_states=True)
-        key = out.hidden_states[self._layer][0, start:end].float().mean(0).numpy()
+        states = torch.cat([out.hidden_states[layer] for layer in self._layers], -1)
+        key = states[0, start:end].float().mean(0).numpy()
         nodes: dict[tuple[int, ...], Node] = {(): self._allowed((), out.logits[0, -1])}
         prefixes = sorted({name[:i] for name in self.names for i in range(1, len(name))})
         for prefix in prefixes:
@@ -132,7 +133,7 @@ class Arm:
 
 def run(arm: Arm, world: Sequence[Situation], names: Sequence[tuple[int, ...]], seed: int, n: int) -> dict[str, float]:
     rng = random.Random(f"{seed}/{arm}")
-    memory = DecisionMemory(NoShelf(), MemoryConfig(decisions=True), KeySpace("base", "tokens", (15,), Turn()))
+    memory = DecisionMemory(NoShelf(), MemoryConfig(decisions=True), KeySpace("base", "tokens", (10, 28), Turn(2)))
     right = convention(seed)
     seen, held = [s for s in world if not s.ticket.held_out], [s for s in world if s.ticket.held_out]
     won: list[bool] = []
@@ -188,13 +189,10 @@ def retrieval(reader: Reader, world: Sequence[Situation], seeds: Sequence[int]) 
     full memory of right answers, which no arm of ours has."""
     right = [convention(seed) for seed in seeds]
     seen = [s for s in world if not s.ticket.held_out]
-    keys = np.array([s.key for s in seen])
-    keys = np.clip(keys / np.sqrt((keys**2).mean(-1, keepdims=True)), -1, 1)
-    keys /= np.linalg.norm(keys, axis=-1, keepdims=True)
+    keys = np.array([key_of(s.key, 2) for s in seen])
     won: list[bool] = []
     for at in (s for s in world if s.ticket.held_out):
-        query = np.clip(at.key / np.sqrt((at.key**2).mean()), -1, 1)
-        near = seen[int((keys @ query).argmax())]
+        near = seen[int((keys @ key_of(at.key, 2)).argmax())]
         for order in right:
             line = f"Ticket: {near.ticket.text} Team: {TEAMS[order[near.ticket.intent]]}"
             told = reader.situation(at.ticket, [line])

@@ -22,7 +22,7 @@ from gradatim.memory.contents import Whose
 from gradatim.memory.decisions import CURSOR, DecisionMemory
 from gradatim.memory.follow import Follower
 from gradatim.memory.key_index import KeyIndex
-from gradatim.memory.key_space import KeySpace, Turn, from_bytes, key_of, to_bytes
+from gradatim.memory.key_space import KeySpace, Turn, from_bytes, key_of, to_bytes, turn_layers
 from gradatim.memory.recall import Recall, actions_of
 from gradatim.memory.steering import Action, Steering
 from gradatim.protocols import Store, Tokenizer
@@ -172,6 +172,15 @@ def test_a_key_survives_its_bytes_and_damage_is_seen() -> None:
 def test_what_is_no_vector_of_numbers_is_no_key(bad: Floats) -> None:
     with pytest.raises(MemoryKeyError):
         key_of(bad)
+
+
+def test_of_several_layers_each_says_as_much_however_large_its_states_are() -> None:
+    key = key_of(np.concatenate([state(1), 1000.0 * state(2)]), 2)
+    assert np.allclose(key * math.sqrt(2.0), np.concatenate([key_of(state(1)), key_of(state(2))]), atol=1e-3)
+    for bad in (np.concatenate([state(1), np.zeros(WIDTH)]), np.ones(WIDTH + 1)):
+        with pytest.raises(MemoryKeyError):
+            key_of(bad, 2)
+    assert turn_layers(30) == (10, 28) and turn_layers(2) == (0, 2) and turn_layers(1) == (0, 1)
 
 
 # ----------------------------------------------------------------------------------------- writing, forgetting

@@ -89,10 +89,12 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 
 
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
-    """The layer whose input is the key of a situation: the middle one. None where no memory that is on asks where a
-    request stands: the engine does not look, and reads nothing again for it."""
+    """The layers whose inputs are the key of a situation. None where no memory that is on asks where a request stands:
+    the engine does not look, and reads nothing again for it."""
+    from gradatim.memory.key_space import turn_layers
+
     on = config.memory.decisions or config.memory.retrieval
-    return (base.model.config.get_text_config().num_hidden_layers // 2,) if on else ()
+    return turn_layers(base.model.config.get_text_config().num_hidden_layers) if on else ()
 
 
 def token_layer(config: Config, base: Base) -> int | None:

@@ -157,7 +157,8 @@ def _judged_memory(config: Config, store: SqlStore, base: Base, engine: Transfor
     from gradatim.nn.render import Renderer
 
     renderer = Renderer(base)
-    space = KeySpace(base.sha256, renderer.digest(), compose.key_layers(config, base), Turn())
+    layers = compose.key_layers(config, base)
+    space = KeySpace(base.sha256, renderer.digest(), layers, Turn(max(1, len(layers))))
     if not (config.memory.decisions or config.memory.tokens or config.memory.retrieval):
         return _off(open_kept(config, store, space))
     from gradatim.memory.follow import Follower

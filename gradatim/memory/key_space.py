@@ -39,14 +39,16 @@ class Pooling(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The mean state over the task's turn, which the engine takes. A few of its dimensions outweigh all the others: it
-    is scaled to a root mean square of 1 and each number cut off at 1."""
+    """The mean state over the task's turn, which the engine takes, of one layer or several, one behind the other. A
+    few of its dimensions outweigh all the others: that of each layer is scaled to a root mean square of 1, and each
+    number cut off at 1."""
 
+    layers: int = 1
     rule: str = "mean over the last message, rms 1, cut at 1"
 
     def keys(self, states: Any) -> Floats:
         """MemoryKeyError where one is not finite, or zero."""
-        return np.stack([key_of(state) for state in states])
+        return np.stack([key_of(state, self.layers) for state in states])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,15 +164,25 @@ def late_layer(layers: int) -> int:
     return max(1, round(0.93 * layers))
 
 
-def key_of(state: Any) -> Floats:
-    """``Turn``'s key of one state (D,). MemoryKeyError where that is no vector of numbers."""
+def turn_layers(layers: int) -> tuple[int, ...]:
+    """Those whose outputs make the best keys of situations: an early one for the words and a late one for what they
+    ask for, 10 and 28 of SmolLM2's 30."""
+    return tuple(sorted({layers // 3, late_layer(layers)}))
+
+
+def key_of(state: Any, layers: int = 1) -> Floats:
+    """``Turn``'s key of the states of so many layers (D,). MemoryKeyError where that is no vector of numbers."""
     x = np.asarray(state, dtype=np.float64)
-    rms = float(np.sqrt(np.mean(x * x))) if x.ndim == 1 and x.size else float("nan")
-    if not np.isfinite(rms) or rms == 0.0:
+    if x.ndim != 1 or not x.size or x.size % layers:
+        raise MemoryKeyError(f"states of shape {x.shape} are no key of {layers} layers")
+    x = x.reshape(layers, -1)
+    rms = np.sqrt(np.mean(x * x, 1, keepdims=True))
+    if not np.isfinite(rms).all() or not rms.all():
         raise MemoryKeyError("a key must be a vector of finite numbers that are not all zero")
     x = np.clip(x / rms, -1.0, 1.0)
-    x16 = (x / np.linalg.norm(x)).astype("<f2")  # what is kept is what is searched, before and after a restart
-    return x16.astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True) * np.sqrt(layers)
+    key: Floats = x.reshape(-1).astype("<f2").astype(np.float32)  # what is kept is what is searched
+    return key
 
 
 def to_bytes(key: Floats) -> bytes:
