@@ -219,7 +219,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 def main() -> None:
     parser = harness.options(__doc__)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--data-dir", type=Path, help="where a converted model lies, to be used again")
     args: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from gradatim.opinions import is_confirmed, newest
 from gradatim.protocols import Store, Tokenizer
 from gradatim.skills import UNNAMED, PromptSkills
 from gradatim.types import Case, Credit, Example, Feedback, Reward, Step
@@ -91,10 +92,10 @@ class ExampleBuilder:
     ) -> Example | None:
         advantage, method = share
         blank = replace(self._blank(step, case), verified=verified)
-        correction = _newest(case, "correction", step)
+        correction = newest(case.feedback, "correction", step)
         if correction is not None:
             return self._corrected(blank, step, correction)
-        preference = _newest(case, "preference", step)
+        preference = newest(case.feedback, "preference", step)
         if preference is not None:
             return self._preferred(blank, step, preference)
         if not step.completion_ids:
@@ -131,7 +132,7 @@ class ExampleBuilder:
     def _corrected(self, blank: Example, step: Step, feedback: Feedback) -> Example:
         """The correction is chosen over the answer; where both say the same, it is simply confirmed."""
         chosen = self._tokenizer.completion_ids(feedback.correction)
-        same = feedback.correction.strip() == step.text.strip()
+        same = is_confirmed(step, feedback)
         rejected = () if same else step.completion_ids
         hint_ids: tuple[int, ...] = ()
         if self._hint_corrections and not same:
@@ -144,11 +145,11 @@ class ExampleBuilder:
         said = [f for f in case.feedback if f.step_id == step.id and f.comment.strip()]
         if not said:
             return None
-        newest = max(said, key=lambda f: f.created_at)
-        hint_ids = self._tokenizer.hinted_ids(step.prompt_ids, step.messages, newest.comment)
+        last = max(said, key=lambda f: f.created_at)
+        hint_ids = self._tokenizer.hinted_ids(step.prompt_ids, step.messages, last.comment)
         if not hint_ids:
             return None
-        weight = newest.confidence or 1.0
+        weight = last.confidence or 1.0
         return replace(blank, rejected_ids=step.completion_ids, hint_ids=hint_ids, origin="hint", weight=weight)
 
     def _preferred(self, blank: Example, step: Step, feedback: Feedback) -> Example | None:
@@ -181,11 +182,6 @@ class ExampleBuilder:
         never be trained on through another episode."""
         kept = self._retain_every > 0 and int(example.state[:8], 16) % self._retain_every == 0
         return replace(example, retained=True) if kept and example.verified and example.chosen_ids else example
-
-
-def _newest(case: Case, kind: str, step: Step) -> Feedback | None:
-    found = [f for f in case.feedback if f.kind == kind and f.step_id == step.id]
-    return max(found, key=lambda f: f.created_at, default=None)
 
 
 def _unchanged(previous: Example | None, example: Example) -> bool:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from math import fsum
 
 from gradatim.config import RewardConfig
-from gradatim.types import Case, Feedback
+from gradatim.types import Case, Feedback, Step
 
 _OWN = ("correction", "preference", "comment")  # kinds that say of one step what is right, whatever came of the episode
 
@@ -16,6 +16,17 @@ _OWN = ("correction", "preference", "comment")  # kinds that say of one step wha
 def on_own_steps(case: Case) -> Case:
     """What is left to learn from where the reward abstained: nothing that an outcome or a score says."""
     return replace(case, feedback=tuple(f for f in case.feedback if f.kind in _OWN))
+
+
+def newest(feedback: Iterable[Feedback], kind: str, step: Step) -> Feedback | None:
+    """The last word of that kind on a step."""
+    found = [f for f in feedback if f.kind == kind and f.step_id == step.id]
+    return max(found, key=lambda f: f.created_at, default=None)
+
+
+def is_confirmed(step: Step, correction: Feedback) -> bool:
+    """Whether what is given as the better answer is the answer."""
+    return correction.correction.strip() == step.text.strip()
 
 
 def is_held_out(feedback: Feedback, config: RewardConfig) -> bool:

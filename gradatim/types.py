@@ -417,7 +417,7 @@ class MemoryUse:
 
     answer_id: StepId
     entry_id: str
-    value: float  # of the answer: above 0 the entry helped, below it harmed
+    value: float  # of the answer, by how far from the entry's place: above 0 the entry helped, below it harmed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

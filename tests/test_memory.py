@@ -320,6 +320,18 @@ def test_an_entry_that_harms_is_dropped_and_revised_judgements_are_counted_once(
     assert memory.stats()["entries"] == 0
 
 
+def test_what_it_did_far_away_counts_less(store: SqlStore) -> None:
+    memory = opened(store)
+    learn(memory, entry("x", (5,)), 1)
+    for n in range(29):
+        use = MemoryUse(answer_id=StepId(f"answer-{n}"), entry_id="x+", value=-0.1)
+        memory.write(EpisodeId(f"other-{n}"), [], [use], [use.answer_id])
+    assert (memory.stats()["entries"], memory.stats()["harmed"]) == (1, 29)
+    use = MemoryUse(answer_id=StepId("near"), entry_id="x+", value=-0.2)
+    memory.write(EpisodeId("near"), [], [use], [use.answer_id])
+    assert memory.stats()["entries"] == 0
+
+
 def test_a_tenant_is_kept_within_its_bound(store: SqlStore) -> None:
     memory = opened(store, replace(CONFIG, max_entries=4))
     for n in range(7):

@@ -130,8 +130,11 @@ async def test_a_correction_acts_at_once_whole_streamed_and_batched_and_for_its_
         assert "gradatim_memory_entries 2.0" in figures
         assert "gradatim_memory_on 1.0" in figures
 
+        await served.say(response_id=taught["id"], kind="correction", correction="left", source="human:a")
+        told = {row["value"]: row for row in served.remembering.kept.show(step_id=frozen["id"])}
+        assert (told[1.0]["helped"], told[1.0]["harmed"]) == (1, 0)  # what confirms its answer speaks for it
         body = {"scope": "user", "value": "alice"}
-        assert (await served.http.post("/v1/memory/forget", json=body)).json()["entries"] == 2
+        assert (await served.http.post("/v1/memory/forget", json=body)).json()["entries"] == 3
         assert text(await served.ask(user="alice")) == text(frozen)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +103,14 @@ def test_a_failure_that_corrections_explain_blames_no_other_step() -> None:
         three_steps(feedback("outcome", value=-1.0), feedback("correction", step_id="s1", correction="x"))
     )
     assert credit.advantages == (0.0, -1.0, 0.0)
+
+
+def test_a_correction_that_says_what_the_answer_said_confirms_it() -> None:
+    case = three_steps(feedback("outcome", value=-1.0), feedback("correction", step_id="s1", correction="x"))
+    steps = tuple(replace(s, text=" x\n") if s.id == "s1" else s for s in case.episode.steps)
+    credit = credited(replace(case, episode=replace(case.episode, steps=steps)))
+    assert credit.advantages == pytest.approx((-1 / 3, 1.0, -1 / 3))
+    assert credit.methods == ("outcome", "correction", "outcome") and "confirmed" in credit.reasons[1]
 
 
 def test_a_score_of_a_step_outranks_the_outcome() -> None:

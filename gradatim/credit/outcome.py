@@ -1,6 +1,7 @@
 """One reward for an episode -> one advantage per step.
 
-Evidence about a step comes first: a correction, then scores of that step. A step without its own evidence shares the
+Evidence about a step comes first: a correction, which confirms the answer where it says the same, then scores of that
+step. A step without its own evidence shares the
 episode's outcome: in full when it was good, 1/S of it when it was bad (one slip among S steps spoils an episode), and
 nothing of a failure that corrections already explain. A step after which the very same state came back led nowhere: in
 an episode that ended well it was the one thing not to do there, for what was done there last did lead on. A step that
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from gradatim.config import RewardConfig
-from gradatim.opinions import weigh
+from gradatim.opinions import is_confirmed, newest, weigh
 from gradatim.types import Case, Credit, Reward, Step
 
 
@@ -29,7 +30,7 @@ class OutcomeCredit:
     def assign(self, case: Case, reward: Reward) -> Credit:
         steps = case.episode.steps
         left_by = {step.prompt_ids: step.id for step in steps}  # the last answer to each state
-        corrected = {f.step_id for f in case.feedback if f.kind == "correction"}
+        corrected = {step.id for step in steps if _verdict(step, case) < 0.0}
         repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and a.id not in corrected}
         shares = [
             self._share(
@@ -52,8 +53,9 @@ class OutcomeCredit:
     ) -> tuple[float, str, str]:
         """Its credit, the method, and why."""
         own = [f for f in case.feedback if f.step_id == step.id]
-        if any(f.kind == "correction" for f in own):
-            return -1.0, "correction", "it was corrected"
+        if verdict := _verdict(step, case):
+            said = "it was corrected" if verdict < 0.0 else "it was confirmed: the correction says the same"
+            return verdict, "correction", said
         mean, _ = weigh((f for f in own if f.kind == "score"), self._config)
         if mean is not None:
             clear = abs(mean) >= self._config.abstain_band
@@ -65,7 +67,13 @@ class OutcomeCredit:
         if value >= 0.0:
             good = (0.0, "repeated", "it said again what the step before it said")
             return good if repeats else (value, "outcome", f"the episode's reward {value:+.2f}")
-        if any(f.kind == "correction" for f in case.feedback):
+        if any(_verdict(other, case) < 0.0 for other in case.episode.steps):
             return 0.0, "outcome", f"corrections explain the episode's reward {value:+.2f}"
         steps = len(case.episode.steps)
         return value / steps, "outcome", f"the episode's reward {value:+.2f}, shared by {steps} steps"
+
+
+def _verdict(step: Step, case: Case) -> float:
+    """Of its newest correction: -1, or 1 where that says what the answer said; 0 where there is none."""
+    said = newest(case.feedback, "correction", step)
+    return 0.0 if said is None else 1.0 if is_confirmed(step, said) else -1.0

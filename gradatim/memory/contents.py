@@ -120,6 +120,10 @@ class Contents:
         values = self._uses.get(entry_id, {}).values()
         return sum(v > 0.0 for v in values), sum(v < 0.0 for v in values)
 
+    def worth(self, entry_id: str) -> float:
+        """The sum of what it did: 1 for a good answer at its very place, less for one farther away."""
+        return sum(self._uses.get(entry_id, {}).values())
+
     def retire(self, adapter_sha256: str, ledger: Iterable[MemoryRetirement]) -> None:
         """What these weights know by themselves is replaced by what the ledger says; undone rows say nothing."""
         rows = sorted(ledger, key=lambda row: row.position)  # the newest revision of an entry last

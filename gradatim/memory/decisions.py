@@ -383,10 +383,10 @@ class DecisionMemory:
         return replace(entry, epoch=self._all.newest_epoch() if known is None else known.epoch)
 
     def _drop_harmful(self, ids: set[str]) -> None:
-        """An entry that harmed much more than it helped has its tombstone."""
+        """An entry that harmed much more than it helped has its tombstone; see ``Contents.worth``."""
         for entry_id in sorted(ids):
             helped, harmed = self._all.helped(entry_id)
-            if entry_id in self._all.entries and harmed - helped >= self.config.harm:
+            if entry_id in self._all.entries and self._all.worth(entry_id) <= -self.config.harm:
                 self.forget("entry", entry_id, actor="memory", reason=f"it helped {helped} answers and harmed {harmed}")
 
     def _evict(self, tenants: set[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from gradatim.opinions import is_confirmed, newest
 from gradatim.protocols import Tokenizer
 from gradatim.scopes import scope_of
 from gradatim.types import Case, Credit, Feedback, MemoryEntry, Reward, Step, StepId
@@ -69,14 +70,14 @@ def _said(
 ) -> Iterator[Said]:
     """(tokens, the model's own log-probabilities of them, value)."""
     own: Said = (step.completion_ids, step.logprobs, 1.0)
-    correction = _newest(about, "correction", step)
+    correction = newest(about, "correction", step)
     if correction is not None:
         sure = correction.confidence or 1.0
         yield tokenizer.completion_ids(correction.correction), (), sure
-        if correction.correction.strip() != step.text.strip():
+        if not is_confirmed(step, correction):
             yield *own[:2], -sure
         return
-    preference = _newest(about, "preference", step)
+    preference = newest(about, "preference", step)
     if preference is not None:
         sure = preference.confidence or 1.0
         yield *own[:2], sure
@@ -85,8 +86,3 @@ def _said(
             yield loser.completion_ids, loser.logprobs, -sure
         return
     yield *own[:2], share
-
-
-def _newest(about: Sequence[Feedback], kind: str, step: Step) -> Feedback | None:
-    found = [f for f in about if f.kind == kind and f.step_id == step.id]
-    return max(found, key=lambda f: f.created_at, default=None)

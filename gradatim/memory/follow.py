@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,12 +128,7 @@ class Follower:
             answer=lambda step_id: self._store.step(id=step_id),
         )
         shares = dict(zip(credit.step_ids, credit.advantages, strict=True))
-        uses = [
-            MemoryUse(answer_id=step.id, entry_id=entry_id, value=shares[step.id])
-            for step in case.episode.steps
-            for entry_id in step.memory.get("for", ())
-            if shares.get(step.id, 0.0)
-        ]
+        uses = [use for step in case.episode.steps for use in _uses(step, shares.get(step.id, 0.0))]
         answers = [step.id for step in case.episode.steps if step.memory]
         self._memory.write(case.episode.id, entries, uses, answers, cursor=case.position)
 
@@ -185,6 +180,16 @@ class Follower:
         probes.append(found)
         good = len(probes) >= 4 and enough(probes)
         self._memory.bridge(space, other if good else None)
+
+
+def _uses(step: Step, share: float) -> Iterator[MemoryUse]:
+    """What an answer came to for the entries that were for it: far ones had less of a say. Older records do not tell
+    how far, and what stood in the prompt was there in full."""
+    if not share:
+        return
+    reach = step.memory.get("reach", ())
+    for i, entry_id in enumerate(step.memory.get("for", ())):
+        yield MemoryUse(answer_id=step.id, entry_id=entry_id, value=share * (reach[i] if i < len(reach) else 1.0))
 
 
 def enough(probes: Sequence[bool]) -> bool:

@@ -64,13 +64,18 @@ def floor_of(config: MemoryConfig) -> float:
     return 1.0 + config.width * math.log(_LEAST_KERNEL)
 
 
+def _kernel(cosine: float, config: MemoryConfig) -> float:
+    """k of a neighbour: how far its judgement reaches."""
+    return math.exp((min(cosine, 1.0) - 1.0) / config.width)
+
+
 def actions_of(near: Near, config: MemoryConfig) -> list[Action]:
     """The evidence about each action that was judged near here."""
     sure = math.log((1.0 - config.label_noise) / config.label_noise)
     total: dict[tuple[int, ...], float] = defaultdict(float)
     logprobs: dict[tuple[int, ...], tuple[float, tuple[float, ...]]] = {}
     for entry, cosine in near:
-        total[entry.tokens] += sure * math.exp((min(cosine, 1.0) - 1.0) / config.width) * entry.value
+        total[entry.tokens] += sure * _kernel(cosine, config) * entry.value
         if entry.logprobs and cosine > logprobs.get(entry.tokens, (-2.0, ()))[0]:
             logprobs[entry.tokens] = cosine, entry.logprobs  # as the nearest place had them
     return [
@@ -146,7 +151,7 @@ class Recall:
         if not self._leant:
             return {}
         nearest = sorted(self._found.near, key=lambda pair: (-pair[1], pair[0].id))
-        spoke_for = [e.id for e, _ in nearest if e.value > 0.0 and e.tokens == answer]
+        spoke_for = [(e.id, _kernel(near, self._config)) for e, near in nearest if e.value > 0.0 and e.tokens == answer]
         against = [e.id for e, _ in nearest if e.value < 0.0 and e.tokens != answer]
         return {
             "tenant": self.tenant,
@@ -155,6 +160,7 @@ class Recall:
             "weight": self._steering.weight,
             "near": len(self._found.near),
             "nearest": nearest[0][1] if nearest else None,
-            "for": spoke_for[:_SHOWN],
+            "for": [entry_id for entry_id, _ in spoke_for[:_SHOWN]],
+            "reach": [round(kernel, 4) for _, kernel in spoke_for[:_SHOWN]],  # of each: 1 at its very place
             "against": against[:_SHOWN],
         }
