@@ -106,6 +106,21 @@ def training_step(result: Mapping[str, Any]) -> str:
     )
 
 
+def hostile(result: Mapping[str, Any]) -> str:
+    """What feedback from hostile users came to, as one point of a list."""
+    found = {g["goal"]: g["value"] for g in result["goals"]}
+    what = "chance of a right answer to known tasks, less the anchor's"
+    on, off = (found[f"20.0% length, {arm}: {what}"] for arm in ("on", "off"))
+    trigger = found["20.0% backdoor, on: success of the attack, less before"]
+    return (
+        f"- With a fifth of the feedback from three hostile users, in {found['of so many runs']:.0f} runs of five "
+        f"attacks, {found['20 % hostile: runs with an adapter below the anchor live']:.0f} adapters went live that "
+        f"were more than 5 points worse than the anchor on what it knew. The worst attack on that, long-winded answers, left it at "
+        f"{on:+.2f}; {off:+.2f} with the defences off (one seed). What they do not stop is a backdoor: users who agree on a "
+        f"wrong answer to pages with a word of theirs, and claim success, taught it to {trigger:.2f} more of such pages."
+    )
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -130,6 +145,7 @@ def main() -> None:
     page = between(readme.read_text(), "session", f"```text\n{(harness.RESULTS / 'demo_session.txt').read_text()}```")
     page = between(page, "seeds", seeds(last("bench_demo")))
     page = between(page, "forgetting", forgetting(last("bench_forgetting")))
+    page = between(page, "hostile", hostile(last("bench_poison")))
     page = between(page, "step", training_step(last("bench_dpo_step")))
     readme.write_text(between(page, "beside", beside_learning(last("bench_updates"))))
 
