@@ -27,7 +27,7 @@ Halves: TypeAlias = NDArray[np.float16]
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
 PROBES = 16  # inverted lists looked at in a segment
 CANDIDATES = 64  # rows of each part whose exact distances are computed
-_FIRST_ROWS = 64  # that there is room for: most tenants have few
+_FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
 
 
