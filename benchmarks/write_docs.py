@@ -115,9 +115,10 @@ def hostile(result: Mapping[str, Any]) -> str:
     return (
         f"- With a fifth of the feedback from three hostile users, in {found['of so many runs']:.0f} runs of five "
         f"attacks, {found['20 % hostile: runs with an adapter below the anchor live']:.0f} adapters went live that "
-        f"were more than 5 points worse than the anchor on what it knew. The worst attack on that, long-winded answers, left it at "
-        f"{on:+.2f}; {off:+.2f} with the defences off (one seed). What they do not stop is a backdoor: users who agree on a "
-        f"wrong answer to pages with a word of theirs, and claim success, taught it to {trigger:.2f} more of such pages."
+        "were more than 5 points worse than the anchor on what it knew. The worst attack on that, long-winded "
+        f"answers, left it at {on:+.2f}; {off:+.2f} with the defences off (one seed). What they do not stop is a "
+        "backdoor: users who agree on a wrong answer to pages with a word of theirs, and claim success, taught it to "
+        f"{trigger:.2f} more of such pages."
     )
 
 
