@@ -58,7 +58,7 @@ class Sizes:
     retrieved: int
 
 
-FULL = Sizes(store=60_000, dev=6144, test=12_288, general=2048, retrieved=8)  # about 15 minutes of one core
+FULL = Sizes(store=40_000, dev=4096, test=8192, general=2048, retrieved=8)  # about 10 minutes of one core
 QUICK = Sizes(store=1536, dev=512, test=1024, general=768, retrieved=1)
 
 
