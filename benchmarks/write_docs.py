@@ -17,6 +17,7 @@ import harness
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "transformers", "peft")
+ARMS = ("off", "on")
 
 
 def cpu() -> str:
@@ -106,18 +107,32 @@ def training_step(result: Mapping[str, Any]) -> str:
     )
 
 
+_ATTACKS = {
+    "flip": "wrong corrections",
+    "hypnosis": "one answer pressed on the model",
+    "length": "long-winded answers",
+    "flattery": "flattering answers",
+    "backdoor": "a trigger word",
+}
+
+
 def hostile(result: Mapping[str, Any]) -> str:
     """What feedback from hostile users came to, as one point of a list."""
-    found = {g["goal"]: g["value"] for g in result["goals"]}
-    what = "chance of a right answer to known tasks, less the anchor's"
-    on, off = (found[f"20.0% length, {arm}: {what}"] for arm in ("on", "off"))
+    found: dict[str, float] = {g["goal"]: g["value"] for g in result["goals"]}
+
+    def kept(kind: str, arm: str) -> float:
+        return found[f"20.0% {kind}, {arm}: chance of a right answer to known tasks, less the anchor's"]
+
+    worst = min(_ATTACKS, key=lambda kind: kept(kind, "off"))
+    counts = {arm: sum(c.startswith(worst) and c.endswith(arm) for c in result["details"]["cells"]) for arm in ARMS}
     trigger = found["20.0% backdoor, on: success of the attack, less before"]
     return (
-        f"- With a fifth of the feedback from three hostile users, in {found['of so many runs']:.0f} runs of five "
+        f"- With a fifth of the feedback from hostile users, in {found['of so many runs']:.0f} runs of {len(_ATTACKS)} "
         f"attacks, {found['20 % hostile: runs with an adapter below the anchor live']:.0f} adapters went live that "
-        "were more than 5 points worse than the anchor on what it knew. The worst attack on that, long-winded "
-        f"answers, left it at {on:+.2f}; {off:+.2f} with the defences off (one seed). What they do not stop is a "
-        "backdoor: users who agree on a wrong answer to pages with a word of theirs, and claim success, taught it to "
+        "were more than 5 points worse than the anchor on what it knew. The attack that did most harm without the "
+        f"defences was {_ATTACKS[worst]}: {kept(worst, 'off'):+.2f} (seeds: {counts['off']}), with them "
+        f"{kept(worst, 'on'):+.2f} (seeds: {counts['on']}). What they do not stop is a backdoor: users who agree on a "
+        "wrong answer to pages with a word of theirs, and claim success, taught it to "
         f"{trigger:.2f} more of such pages."
     )
 

@@ -1,23 +1,23 @@
 """One reward for an episode -> one advantage per step.
 
 Evidence about a step comes first: a correction, which confirms the answer where it says the same, then scores of that
-step. A step without its own evidence shares the
-episode's outcome: in full when it was good, 1/S of it when it was bad (one slip among S steps spoils an episode), and
-nothing of a failure that corrections already explain. A step after which the very same state came back led nowhere: in
-an episode that ended well it was the one thing not to do there, for what was done there last did lead on. A step that
-says again what the step before it said gets no credit for a success: once may have been enough, and nobody knows.
+step. A step without its own evidence shares the episode's outcome: in full when it was good, 1/S of it when it was bad
+(one slip among S steps spoils an episode), and nothing of a failure that corrections already explain. A step after
+which the very same state came back led nowhere: in an episode that ended well it was the one thing not to do there, for
+what was done there last did lead on. A step that says again what the step before it said gets no credit for a success:
+once may have been enough, and nobody knows.
 Knows nothing of tokens beyond whether two prompts are equal; assigns nothing over time.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 from gradatim.config import RewardConfig
 from gradatim.opinions import is_confirmed, newest, weigh
-from gradatim.types import Case, Credit, Reward, Step
+from gradatim.types import Case, Credit, Reward, Step, StepId
 
 
 class OutcomeCredit:
@@ -30,11 +30,16 @@ class OutcomeCredit:
     def assign(self, case: Case, reward: Reward) -> Credit:
         steps = case.episode.steps
         left_by = {step.prompt_ids: step.id for step in steps}  # the last answer to each state
-        corrected = {step.id for step in steps if _verdict(step, case) < 0.0}
-        repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and a.id not in corrected}
+        verdicts = {step.id: _verdict(step, case) for step in steps}
+        repeats = {b.id for a, b in pairwise(steps) if a.completion_ids == b.completion_ids and verdicts[a.id] >= 0.0}
         shares = [
             self._share(
-                step, case, reward.value, led_on=left_by[step.prompt_ids] == step.id, repeats=step.id in repeats
+                step,
+                case,
+                reward.value,
+                verdicts,
+                led_on=left_by[step.prompt_ids] == step.id,
+                repeats=step.id in repeats,
             )
             for step in steps
         ]
@@ -49,11 +54,18 @@ class OutcomeCredit:
         )
 
     def _share(
-        self, step: Step, case: Case, value: float | None, *, led_on: bool, repeats: bool
+        self,
+        step: Step,
+        case: Case,
+        value: float | None,
+        verdicts: Mapping[StepId, float],
+        *,
+        led_on: bool,
+        repeats: bool,
     ) -> tuple[float, str, str]:
         """Its credit, the method, and why."""
         own = [f for f in case.feedback if f.step_id == step.id]
-        if verdict := _verdict(step, case):
+        if verdict := verdicts[step.id]:
             said = "it was corrected" if verdict < 0.0 else "it was confirmed: the correction says the same"
             return verdict, "correction", said
         mean, _ = weigh((f for f in own if f.kind == "score"), self._config)
@@ -67,7 +79,7 @@ class OutcomeCredit:
         if value >= 0.0:
             good = (0.0, "repeated", "it said again what the step before it said")
             return good if repeats else (value, "outcome", f"the episode's reward {value:+.2f}")
-        if any(_verdict(other, case) < 0.0 for other in case.episode.steps):
+        if min(verdicts.values()) < 0.0:
             return 0.0, "outcome", f"corrections explain the episode's reward {value:+.2f}"
         steps = len(case.episode.steps)
         return value / steps, "outcome", f"the episode's reward {value:+.2f}, shared by {steps} steps"

@@ -88,9 +88,10 @@ class Contents:
             entry = self.entries.pop(entry_id, None)
             if entry is None:
                 continue
+            own = self.whose_is(entry)
             self.by_episode[entry.episode_id].discard(entry_id)
             self.sizes[entry.tenant] -= 1
-            self.held[self.whose_is(entry)] -= 1
+            self.held[own] -= 1
             self.versions[entry.tenant] += 1
             for answer_id in self._uses.pop(entry_id, {}):
                 self._used_by[answer_id].discard(entry_id)
@@ -98,7 +99,7 @@ class Contents:
             if not self.by_step[entry.step_id]:
                 del self.by_step[entry.step_id]
                 for (whose, _), index in self.indexes.items():
-                    if whose == self.whose_is(entry):
+                    if whose == own:
                         index.remove(entry.step_id)
 
     def without(self, ids: set[str]) -> list[StepId]:

@@ -184,7 +184,7 @@ class Follower:
 
 def _uses(step: Step, share: float) -> Iterator[MemoryUse]:
     """What an answer came to for the entries that were for it: far ones had less of a say. Older records do not tell
-    how far, and what stood in the prompt was there in full."""
+    how far, and what only stood in the prompt was there in full."""
     if not share:
         return
     reach = step.memory.get("reach", ())

@@ -126,7 +126,8 @@ def awaited(store: Store) -> Verdict | None:
 
 
 def _unproven(store: Store, live: Adapter, anchor: Adapter) -> int:
-    """Back from the live adapter to the last count against this anchor, to the anchor itself, or to the first one."""
+    """Back from the live adapter to the last count against this anchor, to the anchor itself, to the first one, or so
+    far."""
     count, at = 0, live
     while at.id != anchor.id and at.parent_id is not None and count < FARTHEST:
         for _, verdict in store.newest(Verdict, adapter_id=at.id, gate=REPLAY):

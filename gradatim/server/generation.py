@@ -148,7 +148,7 @@ class Generation:
                     call.reads_on,
                     digest,
                     episode_id=episode_id,
-                    scope=scope_of(call.messages),
+                    scope=self._scope,
                     must_exist=call.must_exist,
                 )
             )

@@ -1,6 +1,7 @@
 """Records and what is remembered of them say under which system part a request was answered.
 
-What is remembered gets it from its step's messages. Steps of the log are left alone: None says that one is older.
+What is remembered gets it from its step's messages, in which pinned notes stand too. Steps of the log are left alone:
+None says that one is older.
 """
 
 import json
