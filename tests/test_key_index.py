@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradatim.errors import MemoryKeyError, StoreError
+from gradatim.memory import segments
+from gradatim.memory.codec import Codec, Floats, halves, nibbles
 from gradatim.memory.key_index import KeyIndex
-from gradatim.memory.segments import Floats
 
 WIDTH = 8
 
@@ -22,10 +24,10 @@ def unit(count: int, seed: int, width: int = WIDTH) -> Floats:
     return keys
 
 
-def exhaustive(keys: Floats, alive: np.ndarray, queries: Floats, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distances and rows, (B, k), in float64 over the half-precision keys that an index keeps."""
-    stored = keys.astype(np.float16).astype(np.float64)
-    distances = np.square(queries.astype(np.float64)[:, None] - stored[None]).sum(2)
+def exhaustive(keys: Floats, alive: np.ndarray, queries: Floats, k: int, codec: Codec) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and rows, (B, k), in float64 over what an index keeps of the keys."""
+    stored = codec.decode(codec.encode(keys)).astype(np.float64)
+    distances = np.square(codec.seen(queries).astype(np.float64)[:, None] - stored[None]).sum(2)
     distances[:, ~alive] = np.inf
     order = np.argsort(distances, 1, kind="stable")[:, :k]
     found = np.take_along_axis(distances, order, 1)
@@ -36,11 +38,17 @@ def exhaustive(keys: Floats, alive: np.ndarray, queries: Floats, k: int) -> tupl
     )
 
 
+def compacted(index: KeyIndex) -> KeyIndex:
+    with index.still():
+        return index.compacted(index.held())
+
+
 class Twin:
     """An index and all that it should hold."""
 
-    def __init__(self, hot_rows: int, probes: int = 1000) -> None:
-        self.index = KeyIndex(WIDTH, hot_rows=hot_rows, probes=probes, candidates=1000)  # approximates nothing
+    def __init__(self, hot_rows: int, codec: Codec | None = None) -> None:
+        self.codec = codec or halves(WIDTH)
+        self.index = KeyIndex(WIDTH, self.codec, hot_rows=hot_rows, probes=1000)  # approximates nothing
         self.keys: Floats = np.zeros((0, WIDTH), np.float32)
         self.owners: list[str] = []  # of each row; empty for one that was removed
 
@@ -69,19 +77,18 @@ class Twin:
         self._clear(name, self.index.remove(name))
 
     def reload(self) -> None:
-        reloaded = KeyIndex(WIDTH, hot_rows=16, probes=1000, candidates=1000)
-        reloaded.fill(self.index.keys(), self.index.spans())
-        reloaded.restore([(s.start, s.end, s.to_bytes()) for s in self.index.segments()])
-        self.index = reloaded
+        held = self.index.held()
+        self.index = KeyIndex(WIDTH, self.codec, hot_rows=16, probes=1000)
+        self.index.fill(held.segments, held.codes, held.spans)
 
     def compact(self) -> None:
-        self.index, alive = self.index.compacted(), self.alive
+        self.index, alive = compacted(self.index), self.alive
         self.keys, self.owners = self.keys[alive], [owner for owner in self.owners if owner]
 
     def check(self, k: int = 5, seed: int = 99) -> None:
         queries, alive = unit(3, seed), self.alive
         distances, rows = self.index.search(queries, k)
-        want, order = exhaustive(self.keys, alive, queries, k)
+        want, order = exhaustive(self.keys, alive, queries, k, self.codec)
         np.testing.assert_allclose(distances, want, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(rows, order)
         np.testing.assert_array_equal(self.index.alive(), alive)
@@ -90,7 +97,7 @@ class Twin:
         assert self.index.name_of(-1) is self.index.name_of(len(alive)) is None
         for name in set(self.owners) - {""}:
             mine = np.array([owner == name for owner in self.owners])
-            np.testing.assert_array_equal(self.index.of(name), self.keys[mine].astype(np.float16).astype(np.float32))
+            np.testing.assert_array_equal(self.index.of(name), self.codec.decode(self.codec.encode(self.keys[mine])))
 
 
 STEPS = st.lists(
@@ -103,10 +110,12 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
-@given(STEPS)
-def test_any_order_of_changes_finds_what_exhaustive_search_finds(steps: list[tuple[str, int, int]]) -> None:
-    twin = Twin(hot_rows=16)
+@settings(max_examples=100, deadline=None)
+@given(STEPS, st.sampled_from([halves(WIDTH), nibbles(WIDTH)]))
+def test_any_order_of_changes_finds_what_exhaustive_search_finds(
+    steps: list[tuple[str, int, int]], codec: Codec
+) -> None:
+    twin = Twin(16, codec)
     for at, (what, name, count) in enumerate(steps):
         if what in ("add", "replace"):
             getattr(twin, what)(f"n{name}", unit(count, at))
@@ -140,11 +149,11 @@ def test_a_compacted_one_stands_for_the_old_unless_that_was_added_to() -> None:
         index.add(f"s{n}", unit(2, n))
     for n in range(0, 40, 2):
         index.remove(f"s{n}")
-    rows, fresh = index.rows, index.compacted()
+    rows, fresh = index.rows, compacted(index)
     assert (fresh.rows, fresh.removed, len(fresh)) == (40, 0, 40)
     index.remove("s1")  # meanwhile
     assert fresh.stands_for(index, rows) and "s1" not in fresh and len(fresh) == len(index) == 38
-    rows, fresh = index.rows, index.compacted()
+    rows, fresh = index.rows, compacted(index)
     index.replace("s3", unit(2, 99))
     assert not fresh.stands_for(index, rows)
 
@@ -155,25 +164,27 @@ def test_segments_stay_few_and_cover_all_sealed_rows() -> None:
         index.add(str(seed), unit(50, seed))
         assert index.full
         index.seal()
-        segments = index.segments()
-        assert [s.start for s in segments] == [0, *(s.end for s in segments[:-1])]
+        parts = index.held().segments
+        assert [s.start for s in parts] == [0, *(s.end for s in parts[:-1])]
         assert index.sealed == index.rows and not index.full
-        assert len(segments) <= 6  # a binary counter of 32 fillings
+        assert len(parts) <= 6  # a binary counter of 32 fillings
 
 
-def test_approximate_search_finds_nearly_all_and_gives_exact_distances() -> None:
+@pytest.mark.parametrize("codec", [halves(64), nibbles(64)], ids=["halves", "nibbles"])
+def test_approximate_search_finds_nearly_all_and_gives_exact_distances(codec: Codec) -> None:
     centres = unit(60, 0, 64)
     keys = centres.repeat(80, 0) + 0.35 * unit(4800, 1, 64)
     queries = centres.repeat(2, 0) + 0.35 * unit(120, 2, 64)
-    index = KeyIndex(64, hot_rows=1000)
+    index = KeyIndex(64, codec, hot_rows=1000)
     for start in range(0, len(keys), 1000):
         index.add("text", keys[start : start + 1000])
         index.seal()
     distances, rows = index.search(queries, 16)
-    want, order = exhaustive(keys, np.ones(len(keys), bool), queries, 16)
+    want, order = exhaustive(keys, np.ones(len(keys), bool), queries, 16, codec)
     recall = np.mean([len(set(a) & set(b)) / 16 for a, b in zip(rows, order, strict=True)])
     assert recall >= 0.95
-    exact = np.square(queries[:, None].astype(np.float64) - keys.astype(np.float16)[rows].astype(np.float64)).sum(2)
+    kept = codec.decode(codec.encode(keys)).astype(np.float64)
+    exact = np.square(codec.seen(queries)[:, None] - kept[rows]).sum(2)
     np.testing.assert_allclose(distances, exact, rtol=1e-4)
     np.testing.assert_allclose(distances[rows == order], want[rows == order], rtol=1e-4)
 
@@ -198,41 +209,74 @@ def test_keys_of_another_width_are_refused() -> None:
 
 def test_removed_keys_leave_the_index_and_its_segments() -> None:
     index = KeyIndex(WIDTH, hot_rows=64)
-    for name, count in (("a", 10), ("gone", 10), ("b", 44)):
-        index.add(name, unit(count, 0))
+    for seed, (name, count) in enumerate((("a", 10), ("gone", 10), ("b", 44))):
+        index.add(name, unit(count, seed))
     index.seal()
-    whole = index.segments()[0].index.ntotal
-    index.add("hot", unit(3, 1))
+    secret = index.of("gone")
+    index.add("hot", unit(3, 9))
     index.remove("gone")
     index.remove("hot")
-    assert not index.keys()[10:20].any() and not index._hot[:3].any()
-    assert index.segments()[0].index.ntotal == whole - 10
+    assert not index._hot[:3].any()
+    (segment,) = index.held().segments
+    rows, codes = segment.held()
+    assert (codes[(rows >= 10) & (rows < 20)] == index.codec.far).all()
+    assert not {key.tobytes() for key in index.codec.decode(codes)} & {key.tobytes() for key in secret}
 
 
-@pytest.mark.parametrize("damage", ["cut", "foreign", "elsewhere", "too many"])
-def test_segments_that_do_not_fit_are_refused_and_change_nothing(damage: str) -> None:
+@pytest.mark.parametrize("damage", ["elsewhere", "other kind", "two names", "beyond"])
+def test_parts_that_do_not_fit_are_refused_and_change_nothing(damage: str) -> None:
     twin = Twin(hot_rows=64)
     twin.add("x", unit(64, 0))
     twin.index.seal()
-    (segment,) = twin.index.segments()
-    start, end, data = segment.start, segment.end, segment.to_bytes()
-    if damage == "cut":
-        data = data[: len(data) // 2]
-    elif damage == "foreign":
-        other = KeyIndex(9, hot_rows=64)
-        other.add("x", unit(64, 0, 9))
-        other.seal()
-        data = other.segments()[0].to_bytes()
-    elif damage == "elsewhere":
-        start = 1
+    held = twin.index.held()
+    (segment,) = held.segments
+    codes, spans = held.codes, dict(held.spans)
+    if damage == "elsewhere":
+        rows, kept = segment.held()
+        segment = segments.built(1, 64, twin.codec, kept[1:], rows[1:])
+    elif damage == "other kind":
+        codes = np.zeros((0, 3), np.uint8)
+    elif damage == "two names":
+        spans["y"] = [(3, 5)]
     else:
-        end = 63
-    fresh = KeyIndex(WIDTH, hot_rows=64, candidates=1000)
-    fresh.fill(twin.index.keys(), twin.index.spans())
+        spans["y"] = [(64, 66)]
+    fresh = KeyIndex(WIDTH, twin.codec, hot_rows=64)
     with pytest.raises(StoreError):
-        fresh.restore([(start, end, data)])
+        fresh.fill([segment], codes, spans)
+    assert len(fresh) == fresh.rows == fresh.sealed == 0
+    fresh.fill(held.segments, held.codes, held.spans)
     twin.index = fresh
     twin.check()
+
+
+def test_a_segment_is_read_as_it_was_written_and_nothing_else_is(tmp_path: Path) -> None:
+    codec = nibbles(32)
+    index = KeyIndex(32, codec)
+    index.add("x", unit(300, 0, 32))
+    index.seal()
+    (segment,) = index.held().segments
+    path = tmp_path / "segment"
+    digest = segment.write(path)
+    again = segments.Segment.read(0, 300, codec, path, digest)
+    assert segment.file_sha256 == again.file_sha256 == digest
+    for ours, theirs in zip(segment.held(), again.held(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    for other in (halves(32), nibbles(40)):
+        with pytest.raises(StoreError, match="another kind"):
+            segments.Segment.read(0, 300, other, path, digest)
+    with pytest.raises(StoreError, match="between 0 and 200"):
+        segments.Segment.read(0, 200, codec, path, digest)
+    again.erase(np.arange(7, 8))
+    assert again.file_sha256 == ""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(StoreError, match="not those that were written"):
+        segments.Segment.read(0, 300, codec, path, digest)
+    path.write_bytes(b"not one")
+    with pytest.raises(StoreError, match="no sound memory"):
+        segments.Segment.read(0, 300, codec, path, segments.sha256_of(path))
+    with pytest.raises(OSError, match="No such file"):
+        segment.write(tmp_path / "nowhere" / "segment")
 
 
 def test_searching_goes_on_while_a_segment_is_built() -> None:

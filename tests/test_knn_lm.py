@@ -19,10 +19,13 @@ from tests.token_memory import VOCABULARY, WIDTH, drawn, filled, model_says, ope
 
 def reference(store: TokenStore, hidden: Tensor, logprobs: Tensor, lambdas: Tensor, k: int) -> np.ndarray:
     """Equations 2 and 3 of arXiv:1911.00172 written down, float64, over the keys as they are stored."""
-    alive = store.index.alive()
-    stored = list(zip(store.index.keys()[alive], store._tokens[: len(alive)][alive].tolist(), strict=True))
+    kept: dict[int, np.ndarray] = {}  # by row
+    for source, spans in store.index.spans().items():
+        rows = [row for start, end in spans for row in range(start, end)]
+        kept |= dict(zip(rows, store.index.of(source), strict=True))
+    stored = [(kept[row], int(store._tokens[row])) for row in sorted(kept)]
     keys = np.array([key for key, _ in stored], np.float64)
-    queries = store.space.pooling.keys(hidden).astype(np.float64)
+    queries = store.index.codec.seen(store.space.pooling.keys(hidden)).astype(np.float64)
     out: np.ndarray = np.exp(logprobs.double().numpy())
     for row, (query, share) in enumerate(zip(queries, lambdas.double().tolist(), strict=True)):
         distances = np.square(keys - query).sum(1)

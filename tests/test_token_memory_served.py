@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from gradatim.app import compose
+from gradatim.memory.codec import nibbles
 from gradatim.memory.key_space import late_layer
 from gradatim.memory.knn_gate import TEMPERATURE
 from gradatim.memory.knn_lm import LEAST_LAMBDA, SMALL_STORE_CAP
@@ -63,11 +64,12 @@ def reference(base: Base, data: Path, good: Step, step: Step) -> tuple[list[floa
         return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
     states, _ = model_says(base, good, good.completion_ids)
-    stored = keys(states).astype(np.float16).astype(np.float64)
+    codec = nibbles(states.shape[1])
+    stored = codec.decode(codec.encode(keys(states).astype(np.float32))).astype(np.float64)
     states, own = model_says(base, step, step.completion_ids)
     mixed = own.copy()
     for t, query in enumerate(keys(states)):
-        distances = np.square(stored - query).sum(1)
+        distances = np.square(stored - codec.seen(query[None].astype(np.float32))).sum(1)
         nearest = np.argsort(distances, kind="stable")[:K]
         weights = np.exp(-distances[nearest] / TEMPERATURE)
         memory = np.zeros(own.shape[1])

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,7 +18,7 @@ from torch import Tensor
 from gradatim.errors import ForeignMemoryError, MemoryKeyError, StoreError
 from gradatim.memory.key_space import EachToken, KeySpace, late_layer
 from gradatim.memory.knn_lm import KnnLm
-from gradatim.memory.token_file import INDEX_FILE, TRUTH_FILE
+from gradatim.memory.token_file import TRUTH_FILE
 from gradatim.memory.token_store import TokenStore
 from tests.token_memory import VOCABULARY, WIDTH, drawn, filled, model_says, open_gate, space, store_of, words
 
@@ -135,10 +134,9 @@ def test_a_memory_of_another_model_is_refused_with_both_digests(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "flipped", "foreign"])
-def test_an_unsound_index_is_built_again(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
-    store = busy_store()
-    store.save(tmp_path)
-    path = tmp_path / INDEX_FILE
+def test_sealed_keys_that_are_unsound_are_refused(tmp_path: Path, damage: str) -> None:
+    busy_store().save(tmp_path)
+    (path,) = tmp_path.glob("*.faiss")
     data = path.read_bytes()
     if damage == "cut":
         path.write_bytes(data[:-20])
@@ -147,10 +145,33 @@ def test_an_unsound_index_is_built_again(tmp_path: Path, damage: str, caplog: py
     elif damage == "flipped":
         path.write_bytes(data[:-20] + bytes([data[-20] ^ 255]) + data[-19:])
     else:
-        filled(25, seed=9, hot_rows=20).compacted().save(tmp_path / "other")
-        path.write_bytes((tmp_path / "other" / INDEX_FILE).read_bytes())
+        other = filled(25, seed=9, hot_rows=20)
+        other.index.seal()
+        other.save(tmp_path / "other")
+        (theirs,) = (tmp_path / "other").glob("*.faiss")
+        path.write_bytes(theirs.read_bytes())
+    with pytest.raises(StoreError, match="no sound memory"):
+        TokenStore.load(tmp_path, space(), VOCABULARY, hot_rows=20)
+
+
+def test_sealed_keys_are_written_once_until_something_in_them_goes(tmp_path: Path) -> None:
+    store = filled(30, hot_rows=20)
+    store.add("person", drawn(5, WIDTH, seed=6), words(5, 6))
+    store.index.seal()
+    store.save(tmp_path)
+    (path,) = tmp_path.glob("*.faiss")
+    before = path.stat().st_ino
+    store.add("later", drawn(4, WIDTH, seed=7), words(4, 7))
+    store.save(tmp_path)
+    assert [p.stat().st_ino for p in tmp_path.glob("*.faiss")] == [before]
+    loaded = TokenStore.load(tmp_path, space(), VOCABULARY, hot_rows=20)
+    loaded.save(tmp_path)
+    assert [p.stat().st_ino for p in tmp_path.glob("*.faiss")] == [before]
+    store.forget("person")
+    store.save(tmp_path)
+    (left,) = tmp_path.glob("*.faiss")
+    assert left != path
     same_answers(TokenStore.load(tmp_path, space(), VOCABULARY, hot_rows=20), store)
-    assert "built again" in caplog.text
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "missing", "not ours"])
@@ -173,17 +194,23 @@ def test_damaged_data_is_refused(tmp_path: Path, damage: str) -> None:
         TokenStore.load(tmp_path, space(), VOCABULARY)
 
 
-def test_what_was_forgotten_is_not_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_was_forgotten_is_not_written(tmp_path: Path, sealed: bool) -> None:
     store = store_of(4)
     secret = drawn(6, WIDTH, seed=1)
     store.add("person", secret, words(6, 1))
-    store.index.seal()
+    if sealed:
+        store.index.seal()
     store.save(tmp_path)
-    key = store.space.pooling.keys(secret).astype(np.float16)[2].tobytes()
-    assert key in (tmp_path / TRUTH_FILE).read_bytes()
+    key = store.index.codec.encode(store.space.pooling.keys(secret))[2].tobytes()
+    assert key in all_bytes(tmp_path)
     store.forget("person")
     store.save(tmp_path)
-    assert key not in (tmp_path / TRUTH_FILE).read_bytes() and b"person" not in (tmp_path / TRUTH_FILE).read_bytes()
+    assert key not in all_bytes(tmp_path) and b"person" not in all_bytes(tmp_path)
+
+
+def all_bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in folder.iterdir())
 
 
 def test_a_disk_that_refuses_is_named_and_the_old_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +226,7 @@ def test_a_disk_that_refuses_is_named_and_the_old_stays(tmp_path: Path, monkeypa
         store.save(tmp_path)
     monkeypatch.undo()
     assert len(store) == 42 and len(TokenStore.load(tmp_path, space(), VOCABULARY)) == 40
-    assert sorted(p.name for p in tmp_path.iterdir()) == [INDEX_FILE, TRUTH_FILE]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [TRUTH_FILE]
 
 
 _KILLED = """
@@ -210,6 +237,7 @@ from tests.token_memory import WIDTH, drawn, filled, words
 store, at, calls = filled(), int(sys.argv[2]), []
 replace = os.replace
 store.add("more", drawn(7, WIDTH, seed=3), words(7, 3))
+store.index.seal()
 def stop(source, target):
     if len(calls) == at:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -217,10 +245,11 @@ def stop(source, target):
     replace(source, target)
 os.replace = stop
 store.save(Path(sys.argv[1]))
+os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize(("at", "entries"), [(0, 40), (1, 47)])
+@pytest.mark.parametrize(("at", "entries"), [(0, 40), (1, 40), (2, 47)])
 def test_a_kill_between_writing_and_renaming_leaves_the_old_or_the_new(tmp_path: Path, at: int, entries: int) -> None:
     filled().save(tmp_path)
     here = str(Path(__file__).parent.parent)

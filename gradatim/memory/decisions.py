@@ -296,9 +296,11 @@ class DecisionMemory:
             indexes = list(self._all.indexes.items())
         for at, index in indexes:
             if index.worn:
-                rows, fresh = index.rows, index.compacted()
+                with index.still():
+                    held = index.held()
+                    fresh = index.compacted(held)
                 with self._lock:
-                    if self._all.indexes.get(at) is index and fresh.stands_for(index, rows):
+                    if self._all.indexes.get(at) is index and fresh.stands_for(index, len(held.alive)):
                         self._all.indexes[at] = fresh
             elif index.full:
                 index.seal()

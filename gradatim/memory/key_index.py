@@ -1,50 +1,64 @@
 """Nearest neighbours among one tenant's keys in one space: new ones are searched exactly, old ones through sealed faiss
 segments.
 
-Keys have the names of what they were made of, one or many to a name. They are kept in half precision, and every
-candidate's distance is computed again from them: what a segment's quantiser rounds away costs candidates, never order.
-A removed key is hidden at once by its bit. The segments are derived: they can be thrown away and built again from the
-keys. It knows no tokens, models or tenants.
+Keys have the names of what they were made of, one or many to a name. Each is kept in one place, rounded by its codec,
+and distances are computed from what is kept, by the same sum wherever it lies: sealing costs candidates, never order.
+A removed key is hidden at once by its bit. It knows no tokens, models or tenants.
 
-Shapes: N rows ever added, D width of a key, B queries, K neighbours asked for, C candidates of a segment.
+Shapes: N rows ever added, D width of a key, E numbers that are kept of it, B queries, K neighbours asked for, C
+candidates of a part.
 """
 
 from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.errors import MemoryKeyError, StoreError
-from gradatim.memory.segments import Floats, Rows, Segment, built, parsed, selector_of
-
-Halves: TypeAlias = NDArray[np.float16]
+from gradatim.memory.codec import Codec, Codes, Floats, halves
+from gradatim.memory.segments import Rows, Segment, built
 
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
 PROBES = 16  # inverted lists looked at in a segment
-CANDIDATES = 64  # rows of each part whose exact distances are computed
+CANDIDATES = 64  # rows whose exact distances are compared
 _FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
 
+Spans = Mapping[str, Sequence[tuple[int, int]]]  # rows [start, end) of each name
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """All that an index holds, at one time. Rows of no name were removed."""
+
+    segments: tuple[Segment, ...]  # from row 0 on
+    codes: Codes  # (n, code_bytes) of the rows after
+    alive: NDArray[np.bool_]  # (N,) whether a row may be found
+    spans: Spans
+
 
 class KeyIndex:
-    """Rows of keys, numbered from 0 in the order in which they came. All methods may be called from any thread."""
+    """Rows of keys, numbered from 0 in the order in which they came. All methods may be called from any thread.
 
-    def __init__(self, width: int, *, hot_rows: int = HOT_ROWS, probes: int = PROBES, candidates: int = CANDIDATES):
+    ``codec`` is how keys are kept: in half precision if it is not given."""
+
+    def __init__(self, width: int, codec: Codec | None = None, *, hot_rows: int = HOT_ROWS, probes: int = PROBES):
         self.width = width
-        self._hot_rows, self._probes, self._candidates = hot_rows, probes, candidates
+        self.codec = codec or halves(width)
+        self._hot_rows, self._probes = hot_rows, probes
         self._lock = threading.RLock()  # of everything below
-        self._building = threading.Lock()  # one segment at a time
-        self._keys: Halves = np.zeros((0, width), np.float16)  # (capacity, D)
-        self._hot: Floats = np.zeros((0, width), np.float32)  # the unsealed rows once more
+        self._building = threading.RLock()  # what is in a segment changes by one thread at a time; taken first
+        self._hot: Floats = np.zeros((0, self.codec.dims), np.float32)  # (capacity, E) the unsealed rows
         self._norms: Floats = np.zeros(0, np.float32)  # squared, of the same
         self._alive: NDArray[np.bool_] = np.zeros(0, np.bool_)  # (capacity,) whether a row may be found
-        self._selector: Any = None  # the same of the sealed rows, for faiss; None where none of them was removed
-        self._selecting = True  # the selector is what it should be
         self._rows = 0
         self._removed = 0
         self._segments: tuple[Segment, ...] = ()
@@ -91,66 +105,88 @@ class KeyIndex:
 
     @property
     def size_bytes(self) -> int:
-        sealed = self.sealed
-        return self.width * (2 * self._rows + 4 * (self._rows - sealed)) + (self.width + 8) * sealed
+        """Memory that its rows take, without their names."""
+        return sum(s.size_bytes for s in self._segments) + self._hot.nbytes + self._norms.nbytes + self._alive.nbytes
 
     # ------------------------------------------------------------------------------------------ changes
 
     def add(self, name: str, keys: Floats) -> range:
         """Their new row numbers, beside those that the name has. ``keys`` (n, D). MemoryKeyError where a number is not
         finite in half precision."""
-        half = self._half(keys)
+        kept = self._kept(keys)
         with self._lock:
-            rows = self._append(half)
+            rows = self._append(kept)
             self._own(name, rows)
             return rows
 
     def replace(self, name: str, keys: Floats) -> tuple[range, list[range]]:
         """The same in place of all rows that the name had, which are the second that is given. Where the new ones are
         refused the old ones stay."""
-        half = self._half(keys)
+        kept = self._kept(keys)
         with self._lock:
             gone = self.remove(name)
-            rows = self._append(half)
+            rows = self._append(kept)
             self._own(name, rows)
             return rows, gone
 
     def remove(self, name: str) -> list[range]:
-        """From the next search on none of its rows is found, and their keys are zero. Which ones; a name that is not
+        """From the next search on none of its rows is found, and their keys are gone. Which ones; a name that is not
         there has none."""
         with self._lock:
             gone = self._spans.pop(name, [])
             for rows in gone:
-                span = slice(rows.start, rows.stop)
-                self._alive[span] = False
-                self._keys[span] = 0
-                self._hot[max(0, rows.start - self.sealed) : max(0, rows.stop - self.sealed)] = 0
+                self._alive[rows.start : rows.stop] = False
                 self._removed += len(rows)
-                self._selecting = self._selecting and rows.start >= self.sealed
+                if len(rows) and (segment := self._segment_of(rows.start)) is not None:
+                    segment.erase(np.arange(rows.start, rows.stop))
+                else:
+                    self._hot[rows.start - self.sealed : rows.stop - self.sealed] = 0
             return gone
 
-    def fill(self, keys: Halves, spans: Mapping[str, Sequence[tuple[int, int]]]) -> None:
-        """Rows (N, D) of an index that was written, and whose they are, into an empty one. Those of nobody were
-        removed."""
+    def _segment_of(self, row: int) -> Segment | None:
+        """None of an unsealed one. What was added at once lies in one part."""
+        return next((s for s in self._segments if row < s.end), None)
+
+    def fill(self, segments: Sequence[Segment], codes: Codes, spans: Spans) -> None:
+        """What an index held, into an empty one. StoreError where the parts do not fit; nothing has changed then."""
+        at = 0
+        for s in segments:
+            if s.start != at or not s.start <= s.end or len(s) > s.end - s.start or s.index.d != self.codec.dims:
+                raise StoreError(f"a segment of rows {s.start} to {s.end} does not fit what is before it")
+            at = s.end
+        if codes.shape[1:] != (self.codec.code_bytes,):
+            raise StoreError(f"codes of shape {codes.shape} are not of {self.codec.code_bytes} bytes each")
+        rows = sorted((a, b, name) for name, some in spans.items() for a, b in some)
+        if any(a < 0 or a > b for a, b, _ in rows) or any(x[1] > y[0] for x, y in pairwise(rows)):
+            raise StoreError("rows are of two names")
+        if rows and rows[-1][1] > at + len(codes):
+            raise StoreError(f"names of {rows[-1][1]} rows do not fit {at + len(codes)}")
         with self._lock:
             assert self._rows == 0
-            self._append(keys)
+            self._segments, self._rows = tuple(segments), at
+            self._append(self.codec.decode(codes))
             self._alive[:] = False
-            for start, end, name in sorted((a, b, name) for name, some in spans.items() for a, b in some):
+            for start, end, name in rows:
                 self._own(name, range(start, end))
                 self._alive[start:end] = True
             self._removed = self._rows - int(self._alive.sum())
+            self._hot[: len(codes)][~self._alive[at : self._rows]] = 0
 
-    def compacted(self) -> KeyIndex:
-        """An unsealed index of the same keys that never held what was removed. What this one was told in the meantime
-        is not in it: see ``stands_for``."""
-        with self._lock:
-            alive, keys = self._alive[: self._rows], self._keys[: self._rows]
-            keys = keys[alive]
-            at = [0, *np.cumsum(alive).tolist()]  # the new number of each row
-            spans = {name: [(at[r.start], at[r.stop]) for r in rows] for name, rows in self._spans.items()}
-        out = KeyIndex(self.width, hot_rows=self._hot_rows, probes=self._probes, candidates=self._candidates)
-        out.fill(keys, spans)
+    def compacted(self, held: Held) -> KeyIndex:
+        """An index of the same keys that never held what was removed; ``held`` is of this one, which stays ``still``.
+        What this one is told in the meantime is not in it: see ``stands_for``. May take seconds."""
+        at = np.concatenate([[0], np.cumsum(held.alive)])  # the new number of each row
+        out = KeyIndex(self.width, self.codec, hot_rows=self._hot_rows, probes=self._probes)
+        segments = []
+        for segment in held.segments:
+            start, end = int(at[segment.start]), int(at[segment.end])
+            rows, codes = segment.held()
+            left = held.alive[rows]
+            if end > start:
+                segments.append(built(start, end, self.codec, codes[left], at[rows[left]]))
+        sealed = held.segments[-1].end if held.segments else 0
+        spans = {name: [(int(at[a]), int(at[b])) for a, b in rows] for name, rows in held.spans.items()}
+        out.fill(segments, held.codes[held.alive[sealed:]], spans)
         return out
 
     def stands_for(self, other: KeyIndex, rows: int) -> bool:
@@ -162,22 +198,21 @@ class KeyIndex:
             self.remove(name)
         return True
 
-    def _half(self, keys: Floats) -> Halves:
+    def _kept(self, keys: Floats) -> Floats:
+        """(n, D) -> (n, E), rounded."""
         if keys.ndim != 2 or keys.shape[1] != self.width:
             raise MemoryKeyError(f"keys of shape {keys.shape} do not fit an index of width {self.width}")
         with np.errstate(over="ignore"):
-            half = keys.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise MemoryKeyError("a key holds NaN, an infinity or a number above 65504; it is not stored")
-        return half
+            if not np.isfinite(keys.astype(np.float16)).all():
+                raise MemoryKeyError("a key holds NaN, an infinity or a number above 65504; it is not stored")
+        return self.codec.decode(self.codec.encode(keys))
 
-    def _append(self, half: Halves) -> range:
-        start, end = self._rows, self._rows + len(half)
+    def _append(self, kept: Floats) -> range:
+        start, end = self._rows, self._rows + len(kept)
         self._reserve(end)
-        self._keys[start:end] = half
         hot = slice(start - self.sealed, end - self.sealed)
-        self._hot[hot] = half
-        self._norms[hot] = np.square(self._hot[hot]).sum(1)
+        self._hot[hot] = kept
+        self._norms[hot] = np.square(kept).sum(1)
         self._alive[start:end] = True
         self._rows = end
         return range(start, end)
@@ -188,10 +223,8 @@ class KeyIndex:
         self._owners.append(name)
 
     def _reserve(self, rows: int) -> None:
-        if rows > len(self._keys):
-            capacity = max(rows, 2 * len(self._keys), _FIRST_ROWS)
-            self._keys = _grown(self._keys, capacity)
-            self._alive = _grown(self._alive, capacity)
+        if rows > len(self._alive):
+            self._alive = _grown(self._alive, max(rows, 2 * len(self._alive), _FIRST_ROWS))
         if rows - self.sealed > len(self._hot):
             capacity = max(rows - self.sealed, 2 * len(self._hot), _FIRST_ROWS)
             self._hot, self._norms = _grown(self._hot, capacity), _grown(self._norms, capacity)
@@ -202,11 +235,6 @@ class KeyIndex:
         """A copy, (N,): whether a row may be found."""
         with self._lock:
             return self._alive[: self._rows].copy()
-
-    def keys(self) -> Halves:
-        """A copy, (N, D); rows that were removed are zero."""
-        with self._lock:
-            return self._keys[: self._rows].copy()
 
     def spans(self) -> dict[str, list[tuple[int, int]]]:
         """Rows [start, end) of each name."""
@@ -221,10 +249,27 @@ class KeyIndex:
             return self._owners[bisect_right(self._starts, row) - 1]
 
     def of(self, name: str) -> Floats:
-        """The keys of a name (n, D), as they are kept."""
+        """The keys of a name (n, E), as they are kept."""
         with self._lock:
-            keys = [self._keys[r.start : r.stop] for r in self._spans[name]]
-            return np.concatenate(keys).astype(np.float32)
+            return np.concatenate([self._between(rows) for rows in self._spans[name]])
+
+    def _between(self, rows: range) -> Floats:
+        if len(rows) and (segment := self._segment_of(rows.start)) is not None:
+            return segment.of(np.arange(rows.start, rows.stop))
+        return self._hot[rows.start - self.sealed : rows.stop - self.sealed].copy()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """While it holds no segment is built. Searches and changes go on."""
+        with self._building:
+            yield
+
+    def held(self) -> Held:
+        """All of it, without what was removed. Its segments are this one's own: they are all there is for as long as it
+        is ``still``."""
+        with self._lock:
+            codes = self.codec.pack(self._hot[: self._rows - self.sealed])
+            return Held(self._segments, codes, self.alive(), self.spans())
 
     # ------------------------------------------------------------------------------------------ search
 
@@ -239,43 +284,32 @@ class KeyIndex:
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
         """Squared distances (B, K), ascending, and rows (B, K); of ties the older row is first. Where fewer are to be
         had the rest is inf and -1. ``queries`` (B, D), finite."""
+        seen, count = np.ascontiguousarray(self.codec.seen(queries), np.float32), max(k, CANDIDATES)
         with self._lock:
-            parts = [self._among_hot(queries, k)]
-            if self._segments:
-                wanted, selector = max(k, self._candidates), self._selected()
-                parts += [s.search(queries, wanted, self._probes, selector) for s in self._segments]
-            candidates = np.sort(np.concatenate(parts, 1), 1)  # (B, C'), -1 first
-            return self._nearest(queries, candidates, k)
+            parts = [self._among_hot(seen, count), *(s.search(seen, count, self._probes) for s in self._segments)]
+            rough, rows, codes = (np.concatenate(x, 1) for x in zip(*parts, strict=True))  # (B, C), and (B, C, bytes)
+            rough[(rows < 0) | ~self._alive[rows]] = np.inf
+        if rough.shape[1] > count:
+            best = np.argpartition(rough, count - 1, 1)[:, :count]
+            rough, rows = (np.take_along_axis(x, best, 1) for x in (rough, rows))
+            codes = np.take_along_axis(codes, best[:, :, None], 1)
+        rows[np.isinf(rough)] = -1
+        keys = self.codec.decode(codes.reshape(-1, self.codec.code_bytes)).reshape(*rows.shape, self.codec.dims)
+        return _nearest(seen, rows, keys, k)
 
-    def _selected(self) -> Any:
-        if not self._selecting:
-            self._selector, self._selecting = selector_of(self._alive[: self.sealed]), True
-        return self._selector
-
-    def _among_hot(self, queries: Floats, k: int) -> Rows:
-        """The best unsealed rows, (B, <= K) in no order, -1 for one that was removed."""
-        sealed, n = self.sealed, self._rows - self.sealed
-        if n == 0:
-            return np.zeros((len(queries), 0), np.int64)
+    def _among_hot(self, queries: Floats, count: int) -> tuple[Floats, Rows, Codes]:
+        """The best unsealed rows in no order, as ``Segment.search`` gives them; (B, <= count)."""
+        n = self._rows - self.sealed
         scores = self._norms[:n] - 2.0 * (queries @ self._hot[:n].T)  # (B, n), less |q|^2
-        scores[:, ~self._alive[sealed : sealed + n]] = np.inf
-        wanted = min(n, max(k, self._candidates))
-        best = np.argpartition(scores, wanted - 1, 1)[:, :wanted]
-        gone = np.isinf(np.take_along_axis(scores, best, 1))
-        return np.where(gone, -1, best + sealed)
-
-    def _nearest(self, queries: Floats, candidates: Rows, k: int) -> tuple[Floats, Rows]:
-        exact = self._keys[candidates].astype(np.float32)  # (B, C', D)
-        exact -= queries[:, None]
-        distances = np.einsum("bcd,bcd->bc", exact, exact)  # (B, C')
-        distances[candidates < 0] = np.inf
-        order = np.argsort(distances, 1, kind="stable")[:, :k]
-        found, rows = (np.take_along_axis(x, order, 1) for x in (distances, candidates))
-        short = k - found.shape[1]
-        if short > 0:
-            found = np.pad(found, ((0, 0), (0, short)), constant_values=np.inf)
-            rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
-        return found, rows
+        scores[:, ~self._alive[self._rows - n : self._rows]] = np.inf
+        if n > count:
+            best = np.argpartition(scores, count - 1, 1)[:, :count]
+            scores = np.take_along_axis(scores, best, 1)
+        else:
+            best = np.broadcast_to(np.arange(n), scores.shape)
+        codes = self.codec.pack(self._hot[best].reshape(-1, self.codec.dims))
+        rough = scores + np.square(queries).sum(1, keepdims=True)
+        return rough, best + self.sealed, codes.reshape(*best.shape, self.codec.code_bytes)
 
     # ---------------------------------------------------------------------------------------- segments
 
@@ -284,52 +318,48 @@ class KeyIndex:
         are few. Searches and changes go on meanwhile."""
         with self._building:
             with self._lock:
-                end, kept = self._rows, list(self._segments)
-                start = self.sealed
-                while kept and kept[-1].end - kept[-1].start <= end - start:
-                    start = kept.pop().start
-                alive, keys = self._alive[start:end].copy(), self._keys[start:end]
+                sealed, end, kept = self.sealed, self._rows, list(self._segments)
+                alive, hot = self._alive[:end].copy(), self.codec.pack(self._hot[: end - sealed])
+            start = sealed
+            merged = [(np.arange(sealed, end), hot)]
+            while kept and kept[-1].end - kept[-1].start <= end - start:
+                segment = kept.pop()
+                start = segment.start
+                merged.append(segment.held())
             if end == start:
                 return
-            rows = np.flatnonzero(alive)
-            segment = built(start, end, keys[rows].astype(np.float32), rows + start)
+            rows, codes = (np.concatenate(x) for x in zip(*reversed(merged), strict=True))
+            del merged
+            if not alive[rows].all():
+                codes, rows = codes[alive[rows]], rows[alive[rows]]
+            segment = built(start, end, self.codec, codes, rows)
             with self._lock:
+                segment.erase(rows[~self._alive[rows]])  # removed meanwhile
                 self._adopt((*kept, segment))
 
     def _adopt(self, segments: tuple[Segment, ...]) -> None:
-        self._segments = segments
-        left = self._rows - self.sealed
-        self._hot = np.zeros((max(left, _FIRST_ROWS), self.width), np.float32)
-        self._hot[:left] = self._keys[self.sealed : self._rows]
-        self._norms = np.zeros(len(self._hot), np.float32)
-        self._norms[:left] = np.square(self._hot[:left]).sum(1)
-        self._selecting = False
-
-    def segments(self) -> tuple[Segment, ...]:
-        """The sealed ones, without what was removed."""
-        with self._lock:
-            if (selector := self._selected()) is not None:
-                for segment in self._segments:
-                    segment.keep(selector)
-            return self._segments
-
-    def restore(self, segments: Sequence[tuple[int, int, bytes]]) -> None:
-        """Take over segments that were written for these very rows, as (start, end, bytes) from row 0 on.
-        StoreError where they are not what they should be; nothing has changed then."""
-        read: list[Segment] = []
-        at = 0
-        for start, end, data in segments:
-            segment = parsed(start, end, data)
-            width, count = segment.index.d, segment.index.ntotal
-            if start != at or not start < end <= self._rows or width != self.width or count > end - start:
-                raise StoreError(f"a segment of rows {start} to {end} does not fit {self._rows} rows")
-            read.append(segment)
-            at = end
-        with self._lock:
-            self._adopt(tuple(read))
+        before, self._segments = self.sealed, segments
+        left = slice(self.sealed - before, self._rows - before)
+        hot, norms = self._hot[left], self._norms[left]
+        capacity = max(len(hot), _FIRST_ROWS)
+        self._hot, self._norms = _grown(hot, capacity), _grown(norms, capacity)
 
 
 def _grown(array: Any, capacity: int) -> Any:
     out = np.zeros((capacity, *array.shape[1:]), array.dtype)
     out[: len(array)] = array
     return out
+
+
+def _nearest(queries: Floats, rows: Rows, keys: Floats, k: int) -> tuple[Floats, Rows]:
+    """The first K of candidates: rows (B, C), -1 for none, and their keys (B, C, E)."""
+    keys -= queries[:, None]
+    distances = np.einsum("bce,bce->bc", keys, keys)  # (B, C)
+    distances[rows < 0] = np.inf
+    order = np.lexsort((rows, distances), 1)[:, :k]
+    found, rows = (np.take_along_axis(x, order, 1) for x in (distances, rows))
+    short = k - found.shape[1]
+    if short > 0:
+        found = np.pad(found, ((0, 0), (0, short)), constant_values=np.inf)
+        rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
+    return found, rows

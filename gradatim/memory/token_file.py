@@ -1,9 +1,8 @@
-"""A token store on disk: one file that is replaced as a whole or not at all, and beside it the search index.
+"""A token store on disk: a folder with one file that names all others and is replaced as a whole or not at all.
 
-The index is derived from the file: where it is missing, cut short, damaged or of other data it is left aside, and the
-store builds it again. It knows no searches.
+Beside it lie the sealed parts of its keys, each under its digest, written once. It knows no searches.
 
-Shapes: N rows, D width of a key.
+Shapes: N rows, n of them unsealed.
 """
 
 from __future__ import annotations
@@ -22,71 +21,89 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from gradatim.errors import ForeignMemoryError, StoreError
+from gradatim.memory.codec import Codec, Codes
+from gradatim.memory.key_index import Spans
 from gradatim.memory.key_space import EachToken, KeySpace, made_with
+from gradatim.memory.segments import Segment
 
 TRUTH_FILE = "tokens.safetensors"
-INDEX_FILE = "index.safetensors"
-_FORMAT = "2"
+_FORMAT = "3"
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
-
-Spans = tuple[tuple[int, int, bytes], ...]
 _Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Snapshot:
-    """All that a store holds. Rows that belong to no source were removed, and are zero."""
+    """All that a store holds. Rows that belong to no source were removed."""
 
     space: KeySpace[EachToken]
-    keys: NDArray[np.float16]  # (N, D)
+    segments: tuple[Segment, ...]  # from row 0 on
+    codes: Codes  # (n, bytes) of the rows after
     tokens: NDArray[np.int32]  # (N,)
-    sources: Mapping[str, list[tuple[int, int]]]  # rows [start, end) of each
-    segments: Spans = ()  # (start, end, index) from row 0 on
+    sources: Spans
 
 
 def write(folder: Path, held: Snapshot) -> None:
     """StoreError where the disk refuses; what was there before is still there then, and after a crash."""
     space = held.space
     arrays: dict[str, NDArray[Any]] = {
-        "keys": held.keys,
+        "codes": held.codes,
         "tokens": held.tokens,
         "mean": space.pooling.mean,
         "scale": space.pooling.scale,
     }
-    header = {
-        "format": _FORMAT,
-        "space": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers, space.adapter_sha256]),
-        "sources": json.dumps(held.sources),
-    }
-    pieces: dict[str, NDArray[Any]] = {
-        str(i): np.frombuffer(data, np.uint8) for i, (_, _, data) in enumerate(held.segments)
-    }
-    spans = json.dumps([(start, end) for start, end, _ in held.segments])
-    digest = _digest(arrays, header)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(folder / TRUTH_FILE, save(arrays, header | {"sha256": digest}))
-        derived = {"of": digest, "spans": spans}
-        replace(folder / INDEX_FILE, save(pieces, derived | {"sha256": _digest(pieces, derived)}))
+        named = [(s.start, s.end, _write_segment(folder, s)) for s in held.segments]
+        header = {
+            "format": _FORMAT,
+            "space": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers, space.adapter_sha256]),
+            "sources": json.dumps(held.sources),
+            "segments": json.dumps(named),
+        }
+        replace(folder / TRUTH_FILE, save(arrays, header | {"sha256": _digest(arrays, header)}))
+        for path in set(folder.glob("*.faiss")) - {_segment_file(folder, digest) for _, _, digest in named}:
+            path.unlink(missing_ok=True)
     except OSError as e:
-        raise StoreError(f"cannot write the memory {folder}: {e.strerror}") from e
+        raise StoreError(f"cannot write the memory {folder}: {e.strerror or e}") from e
 
 
-def read(folder: Path, space: KeySpace[EachToken]) -> tuple[Snapshot, str]:
-    """What was written, and why its index is not among it: empty where it is. ForeignMemoryError where it was made in
-    another key space; StoreError where it is damaged or cannot be read."""
+def _write_segment(folder: Path, segment: Segment) -> str:
+    """The digest that it lies under, where it lay already if nothing in it has changed."""
+    digest = segment.file_sha256
+    if digest and _segment_file(folder, digest).exists():
+        return digest
+    tmp = folder / f".segment-{os.getpid()}"
+    try:
+        digest = segment.write(tmp)
+        with tmp.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(tmp, _segment_file(folder, digest))
+    finally:
+        tmp.unlink(missing_ok=True)
+    return digest
+
+
+def _segment_file(folder: Path, digest: str) -> Path:
+    return folder / f"{digest[:32]}.faiss"
+
+
+def read(folder: Path, space: KeySpace[EachToken], codec: Codec) -> Snapshot:
+    """What was written. ForeignMemoryError where it was made in another key space; StoreError where it is damaged or
+    cannot be read."""
     path = folder / TRUTH_FILE
     try:
         arrays, header = _read(path)
         base, tokenizer, layers, adapter = _space(header)
         theirs = KeySpace(base, tokenizer, layers, EachToken(arrays["mean"], arrays["scale"]), adapter)
         sources = {s: [(a, b) for a, b in spans] for s, spans in json.loads(header["sources"]).items()}
+        named = [(int(a), int(b), str(digest)) for a, b, digest in json.loads(header["segments"])]
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
     if theirs.id != space.id:
         raise ForeignMemoryError(f"{path} was made in another key space: {theirs}, but this is {space}")
-    segments, fault = _segments(folder / INDEX_FILE, header["sha256"])
-    return Snapshot(space, arrays["keys"], arrays["tokens"], sources, segments), fault
+    found = tuple(Segment.read(a, b, codec, _segment_file(folder, digest), digest) for a, b, digest in named)
+    return Snapshot(space, found, arrays["codes"], arrays["tokens"], sources)
 
 
 def about(folder: Path) -> tuple[Mapping[str, str], frozenset[str]]:
@@ -109,17 +126,6 @@ def _space(header: Mapping[str, str]) -> tuple[str, str, tuple[int, ...], str]:
     return base, tokenizer, tuple(layers), adapter
 
 
-def _segments(path: Path, of: str) -> tuple[Spans, str]:
-    try:
-        pieces, header = _read(path)
-        if header["of"] != of:
-            return (), f"{path} is of other data"
-        spans = [(int(a), int(b)) for a, b in json.loads(header["spans"])]
-        return tuple((a, b, pieces[str(i)].tobytes()) for i, (a, b) in enumerate(spans)), ""
-    except _UNSOUND as e:
-        return (), f"{path} is no sound index: {e}"
-
-
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     with safe_open(path, framework="numpy") as file:
         header = dict(file.metadata() or {})
@@ -127,7 +133,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     digest = header.pop("sha256")
     if digest != _digest(arrays, header):
         raise ValueError("its bytes are not those that were written")
-    return arrays, header | {"sha256": digest}
+    return arrays, header
 
 
 def _digest(arrays: Mapping[str, NDArray[Any]], header: Mapping[str, str]) -> str:

@@ -1,15 +1,14 @@
 """What one tenant's answers looked like from inside: per token, the state that predicted it and the token itself.
 
 The keys and values of a token kNN-LM (arXiv:1911.00172, sec. 2), held by source, so that a correction can be revised
-and a person forgotten: what came next, beside a key index. It knows no probabilities, no gates and no judgement: what
-is worth remembering is decided elsewhere.
+and a person forgotten: what came next, beside a key index that keeps four bits a number. It knows no probabilities, no
+gates and no judgement: what is worth remembering is decided elsewhere.
 
 Shapes: n tokens of one source, D size of the hidden state, B queries, K neighbours.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,9 @@ from torch import Tensor
 
 from gradatim.errors import MemoryKeyError, StoreError
 from gradatim.memory import token_file
+from gradatim.memory.codec import nibbles
 from gradatim.memory.key_index import HOT_ROWS, KeyIndex
 from gradatim.memory.key_space import EachToken, KeySpace
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +40,7 @@ class TokenStore:
 
     def __init__(self, space: KeySpace[EachToken], vocabulary: int, *, hot_rows: int = HOT_ROWS) -> None:
         self.space, self.vocabulary = space, vocabulary
-        self._index = KeyIndex(space.pooling.width, hot_rows=hot_rows)
+        self._index = KeyIndex(space.pooling.width, nibbles(space.pooling.width), hot_rows=hot_rows)
         self._hot_rows = hot_rows
         self._lock = threading.RLock()
         self._tokens: NDArray[np.int32] = np.zeros(1024, np.int32)  # (capacity,)
@@ -124,14 +122,14 @@ class TokenStore:
             return {s: tuple(t for a, b in some for t in tokens[a:b].tolist()) for s, some in spans.items()}
 
     def compacted(self) -> TokenStore:
-        """A store of the same that never held what was removed; see ``KeyIndex.compacted``."""
+        """A store of the same that never held what was removed; see ``KeyIndex.compacted``. May take seconds."""
         out = TokenStore(self.space, self.vocabulary, hot_rows=self._hot_rows)
-        with self._lock:
-            left = self._tokens[: self._index.rows][self._index.alive()]
-            out._index = self._index.compacted()
+        with self._index.still():
+            with self._lock:
+                held = self._index.held()
+                left = self._tokens[: len(held.alive)][held.alive]
+            out._index = self._index.compacted(held)
         out._say(range(len(left)), left)
-        if out._index.full:
-            out._index.seal()
         return out
 
     def stands_for(self, other: TokenStore, rows: int) -> bool:
@@ -144,31 +142,20 @@ class TokenStore:
     def save(self, folder: Path) -> None:
         """Write it, without what was removed, so that a crash leaves the whole new store or the whole old one.
         StoreError where the disk refuses; the store in memory goes on."""
-        with self._lock:
-            held = token_file.Snapshot(
-                self.space,
-                self._index.keys(),
-                self._tokens[: self._index.rows].copy(),
-                self._index.spans(),
-                tuple((s.start, s.end, s.to_bytes()) for s in self._index.segments()),
-            )
-        token_file.write(folder, held)
+        with self._index.still():
+            with self._lock:
+                held = self._index.held()
+                tokens = self._tokens[: len(held.alive)].copy()
+            token_file.write(folder, token_file.Snapshot(self.space, held.segments, held.codes, tokens, held.spans))
 
     @classmethod
     def load(cls, folder: Path, space: KeySpace[EachToken], vocabulary: int, *, hot_rows: int = HOT_ROWS) -> TokenStore:
-        """What was saved; a search index that is not sound is built again. ForeignMemoryError where it was made in
-        another key space, with both digests; StoreError where it is damaged or absent."""
-        held, fault = token_file.read(folder, space)
+        """What was saved. ForeignMemoryError where it was made in another key space, with both digests; StoreError
+        where it is damaged or absent."""
         store = cls(space, vocabulary, hot_rows=hot_rows)
+        held = token_file.read(folder, space, store.index.codec)
+        store._index.fill(held.segments, held.codes, held.sources)
+        if len(held.tokens) != store.index.rows:
+            raise StoreError(f"{folder} is no sound memory: {len(held.tokens)} tokens for {store.index.rows} keys")
         store._say(range(len(held.tokens)), held.tokens)
-        store._index.fill(held.keys, held.sources)
-        if not fault:
-            try:
-                store._index.restore(held.segments)
-            except StoreError as e:
-                fault = str(e)
-        if fault:
-            log.warning("the search index is built again: %s", fault)
-        if store._index.full:
-            store._index.seal()
         return store
