@@ -26,7 +26,7 @@ from bench_knn_lm import Sizes as Parts
 from torch import Tensor
 
 from gradatim.memory.key_space import EachToken, KeySpace
-from gradatim.memory.knn_gate import Cases, Gate, near_gate, train_gate
+from gradatim.memory.knn_gate import HURT_NATS, Cases, Gate, near_gate, train_gate
 from gradatim.memory.knn_lm import LEAST_LAMBDA, SMALL_STORE, SMALL_STORE_CAP, KnnLm
 from gradatim.memory.public_space import public_space
 from gradatim.memory.shipped import FILE, write_shipped
@@ -49,13 +49,18 @@ class Seen:
     entries: int
 
     def perplexity(self, gate: Lambdas | None) -> float:
-        nats = self.nats
-        if gate is not None:
-            lambdas = gate(self.cases.features)
-            lambdas = lambdas.clamp_max(SMALL_STORE_CAP) if self.entries < SMALL_STORE else lambdas
-            lambdas = torch.where(lambdas >= LEAST_LAMBDA, lambdas, 0.0)
-            nats += float((self.cases.model - self.cases.mixed(lambdas)).sum())
+        nats = self.nats + (0.0 if gate is None else float(self._lost(gate).sum()))
         return float(torch.tensor(nats / self.tokens).exp())
+
+    def hurt(self, gate: Lambdas) -> float:
+        """Share of all tokens."""
+        return float((self._lost(gate) > HURT_NATS).sum()) / self.tokens
+
+    def _lost(self, gate: Lambdas) -> Tensor:
+        """(N,) nats."""
+        lambdas = gate(self.cases.features)
+        lambdas = lambdas.clamp_max(SMALL_STORE_CAP) if self.entries < SMALL_STORE else lambdas
+        return self.cases.model - self.cases.mixed(torch.where(lambdas >= LEAST_LAMBDA, lambdas, 0.0))
 
 
 Table = Mapping[tuple[str, str, int], Seen]  # by text, memory and size
@@ -111,6 +116,9 @@ def goals_of(table: Table, gates: Mapping[str, Mapping[str, Lambdas]], sizes: Se
         worst = max(change(key, arm) for key in wrong)
         target = "reported" if arm == "fixed" else "<= 2"
         yield harness.Goal(f"{arm}: wrong memory, worst of {len(wrong)}, %", worst, target)
+        hurt = max(100 * seen.hurt(gates[arm][key[0]]) for key, seen in table.items())
+        target = "<= 15" if arm == "learned" else "reported"
+        yield harness.Goal(f"{arm}: tokens hurt by more than {HURT_NATS} nat, worst of {len(table)}, %", hurt, target)
 
 
 def main() -> None:
