@@ -3,10 +3,10 @@ segments.
 
 Keys have the names of what they were made of, one or many to a name. Each is kept in one place, rounded by its codec,
 and distances are computed from what is kept, by the same sum wherever it lies: sealing costs candidates, never order.
-A removed key is hidden at once by its bit. It knows no tokens, models or tenants.
+A removed key is hidden by its bit, and overwritten, at once. It knows no tokens, models or tenants.
 
 Shapes: N rows ever added, D width of a key, E numbers that are kept of it, B queries, K neighbours asked for, C
-candidates of a part.
+candidates.
 """
 
 from __future__ import annotations
