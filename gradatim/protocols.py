@@ -167,6 +167,9 @@ class Prompter(Protocol):
     def noted(self, messages: Sequence[Message], user: str) -> Sequence[Message]:
         """The messages with what is pinned for this user; the same ones where nothing is."""
 
+    async def place(self, request: Request, recollection: Recollection) -> None:
+        """Tell the request's own recollection where it is asked, where that is known before the prompt is read."""
+
     async def show(
         self, messages: Sequence[Message], recollection: Recollection, adapter_id: AdapterId
     ) -> Shown | None:

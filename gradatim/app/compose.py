@@ -89,11 +89,11 @@ def register_base(store: SqlStore, config: Config, base_sha256: str) -> None:
 
 
 def key_layers(config: Config, base: Base) -> tuple[int, ...]:
-    """The layers whose inputs are the key of a situation. None where no memory that is on asks where a request stands:
-    the engine does not look, and reads nothing again for it."""
+    """The layers whose inputs are the key of a situation. None where no memory that is on asks where a request stands,
+    or a sentence encoder tells it: the engine does not look, and reads nothing again for it."""
     from gradatim.memory.key_space import turn_layers
 
-    on = config.memory.decisions or config.memory.retrieval
+    on = (config.memory.decisions or config.memory.retrieval) and not config.memory.encoder
     return turn_layers(base.model.config.get_text_config().num_hidden_layers) if on else ()
 
 

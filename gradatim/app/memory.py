@@ -6,12 +6,15 @@ on. A memory that was made with another model is refused, loudly, and serving go
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Gauge
 
 from gradatim.app import compose
@@ -19,12 +22,12 @@ from gradatim.app.remembered import Remembered
 from gradatim.config import Config
 from gradatim.errors import ConfigError, ForeignMemoryError
 from gradatim.memory.decisions import CURSOR, DecisionMemory
-from gradatim.memory.key_space import KeySpace, Turn
+from gradatim.memory.key_space import KeySpace, Turn, sentence
 from gradatim.memory.notes import noted
 from gradatim.memory.session_folder import SessionFolder
 from gradatim.memory.token_folders import TokenFolders
 from gradatim.store import SqlShelf, SqlStore
-from gradatim.types import Adapter, AdapterId, Message, Shown, Stage
+from gradatim.types import Adapter, AdapterId, Message, Request, Shown, Stage, Step
 
 if TYPE_CHECKING:
     from gradatim.engine.transformers import TransformersEngine
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from gradatim.memory.sessions import SessionStore
     from gradatim.memory.tokens import TokenMemory
     from gradatim.nn.base import Base
+    from gradatim.nn.render import Renderer
+    from gradatim.nn.sentences import SentenceEncoder
     from gradatim.protocols import Recollection
 
 log = logging.getLogger(__name__)
@@ -64,13 +69,20 @@ _SHOWN = {
 
 
 class MemoryPrompter:
-    """Implements ``protocols.Prompter``: notes of ``kept``, and what ``retrieval`` finds, where there is one."""
+    """Implements ``protocols.Prompter``: notes of ``kept``, what ``retrieval`` finds, and where ``placer`` puts a
+    request, where there are such."""
 
-    def __init__(self, kept: DecisionMemory, retrieval: Retrieval | None = None) -> None:
-        self._kept, self._retrieval = kept, retrieval
+    def __init__(
+        self, kept: DecisionMemory, retrieval: Retrieval | None = None, placer: TextPlacer | None = None
+    ) -> None:
+        self._kept, self._retrieval, self._placer = kept, retrieval, placer
 
     def noted(self, messages: Sequence[Message], user: str) -> Sequence[Message]:
         return noted(messages, self._kept.notes.of(self._kept.tenant(user)))
+
+    async def place(self, request: Request, recollection: Recollection) -> None:
+        if self._placer is not None:
+            recollection.situate(await self._placer.of(request.messages, request.prompt))
 
     async def show(
         self, messages: Sequence[Message], recollection: Recollection, adapter_id: AdapterId
@@ -78,6 +90,24 @@ class MemoryPrompter:
         if self._retrieval is None:
             return None
         return await self._retrieval.show(messages, recollection, adapter_id)
+
+
+class TextPlacer:
+    """Where a sentence encoder puts what is asked, whatever the model makes of it."""
+
+    def __init__(self, encoder: SentenceEncoder, renderer: Renderer) -> None:
+        self._encoder, self._renderer = encoder, renderer
+
+    async def of(self, messages: Sequence[Message] | None, prompt: str | Sequence[int] | None) -> NDArray[np.float32]:
+        """(D,) of the last message, or of the prompt where there is none."""
+        from gradatim.nn.sentences import asked_in
+
+        text = prompt if isinstance(prompt, str) else self._renderer.decode(prompt or ())
+        return await asyncio.to_thread(self._encoder.vector, asked_in(messages, text))
+
+    async def step(self, step: Step, _: AdapterId) -> NDArray[np.float32]:
+        """The same of one that was answered."""
+        return await self.of(step.messages, step.prompt_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +185,17 @@ def _sessions(config: Config, base: Base, engine: TransformersEngine) -> Session
 
 def _judged_memory(config: Config, store: SqlStore, base: Base, engine: TransformersEngine) -> Remembering:
     from gradatim.nn.render import Renderer
+    from gradatim.nn.sentences import SentenceEncoder
 
     renderer = Renderer(base)
     layers = compose.key_layers(config, base)
     space = KeySpace(base.sha256, renderer.digest(), layers, Turn(max(1, len(layers))))
     if not (config.memory.decisions or config.memory.tokens or config.memory.retrieval):
         return _off(open_kept(config, store, space))
+    placer = None
+    if config.memory.encoder and (config.memory.decisions or config.memory.retrieval):
+        encoder = SentenceEncoder(config.memory.encoder)
+        space, placer = replace(space, pooling=sentence(encoder.sha256)), TextPlacer(encoder, renderer)
     from gradatim.memory.follow import Follower
     from gradatim.memory.retrieval import Retrieval
     from gradatim.memory.tell import Teller
@@ -187,12 +222,12 @@ def _judged_memory(config: Config, store: SqlStore, base: Base, engine: Transfor
         reward_model=reward_model,
         credit=credit,
         tokenizer=renderer,
-        place=engine.key,
+        place=engine.key if placer is None else placer.step,
         teller=None if tokens is None else Teller(memory, tokens, store, engine.states),
         rewards=config.reward,
     )
     retrieval = Retrieval(memory, engine, store, renderer, config.memory) if config.memory.retrieval else None
-    return Remembering(memory, memory, follower, tokens, MemoryPrompter(memory, retrieval))
+    return Remembering(memory, memory, follower, tokens, MemoryPrompter(memory, retrieval, placer))
 
 
 def _off(kept: DecisionMemory) -> Remembering:

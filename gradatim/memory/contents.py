@@ -203,6 +203,8 @@ class Contents:
         if step_id not in self.by_step or not self.has_key(step_id, space):
             return None
         index = self.indexes[self.whose_step(step_id), space]
+        if index.width != len(key):  # made of something else: of other layers, or by an encoder
+            return None
         ((nearest, _),) = index.near(key, 1)
         return nearest == step_id or float(index.of(step_id)[0] @ index.of(nearest)[0]) > 0.999
 

@@ -51,6 +51,24 @@ class Turn:
         return np.stack([key_of(state, self.layers) for state in states])
 
 
+@dataclass(frozen=True, slots=True)
+class Sentence(Turn):
+    """What a sentence encoder makes of the task's turn, in place of the model's own states; ``rule`` names it."""
+
+    def keys(self, states: Any) -> Floats:
+        """MemoryKeyError where one is not finite, or zero."""
+        x = np.asarray(states, dtype=np.float64)
+        length = np.linalg.norm(x, axis=1, keepdims=True)
+        if not np.isfinite(length).all() or not length.all():
+            raise MemoryKeyError("a key must be a vector of finite numbers that are not all zero")
+        keys: Floats = (x / length).astype("<f2").astype(np.float32)  # what is kept is what is searched
+        return keys
+
+
+def sentence(encoder_sha256: str) -> Sentence:
+    return Sentence(rule=f"sentence encoder {encoder_sha256}")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class EachToken:
     """The state of each token, standardised per dimension by that of public text."""

@@ -61,12 +61,12 @@ class Source(Protocol):
 
 def floor_of(config: MemoryConfig) -> float:
     """The cosine below which a neighbour counts for nothing."""
-    return 1.0 + config.width * math.log(_LEAST_KERNEL)
+    return 1.0 + config.kernel_width * math.log(_LEAST_KERNEL)
 
 
 def _kernel(cosine: float, config: MemoryConfig) -> float:
     """k of a neighbour: how far its judgement reaches."""
-    return math.exp((min(cosine, 1.0) - 1.0) / config.width)
+    return math.exp((min(cosine, 1.0) - 1.0) / config.kernel_width)
 
 
 def actions_of(near: Near, config: MemoryConfig) -> list[Action]:

@@ -54,6 +54,8 @@ class Texts(Protocol):
 
     def text_ids(self, text: str) -> tuple[int, ...]: ...
 
+    def prompt_ids(self, messages: Sequence[Message]) -> tuple[int, ...]: ...
+
 
 class _Placing:
     """A recollection that only keeps where it was asked; implements ``protocols.Recollection``."""
@@ -98,11 +100,14 @@ class Retrieval:
             return None
         if not self._memory.holds(recollection.whose):  # nothing to find, so nothing is read twice
             return None
-        prompt_ids, key = await self._place(messages, adapter_id)
-        if key is None:
-            return None
-        recollection.place(key)
-        assert recollection.key is not None
+        if recollection.key is None:
+            prompt_ids, key = await self._place(messages, adapter_id)
+            if key is None:
+                return None
+            recollection.place(key)
+            assert recollection.key is not None
+        else:
+            prompt_ids = await asyncio.to_thread(self._texts.prompt_ids, messages)
         around = self._memory.near(
             recollection.whose, recollection.space, recollection.key, self._config.retrieval_cosine
         )
@@ -173,7 +178,7 @@ def choose(
         if right is not None:
             entry, cosine = right
             halves = 0.0 if entry.id in retired else max(now - entry.created_at, 0.0) / config.half_life_s
-            score = math.exp((min(cosine, 1.0) - 1.0) / config.width) * entry.value * 0.5**halves
+            score = math.exp((min(cosine, 1.0) - 1.0) / config.kernel_width) * entry.value * 0.5**halves
             out.append(Found(text, entry, cosine, score))
     out.sort(key=lambda one: (-one.score, one.entry.id not in retired, one.entry.id))
     return list(takewhile(lambda one: one.entry.id not in retired, out))

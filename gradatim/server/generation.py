@@ -118,6 +118,7 @@ class Generation:
         await self._read_on()
         self._recollection = self._recollect()
         request = self._noted()
+        await self._place(request)
         if self._recollection is not None or self._reading is not None:
             request = replace(request, recollection=self._recollection, reading=self._reading)
         self._shown = await self._show()
@@ -181,6 +182,15 @@ class Generation:
             return request
         self._messages = noted
         return replace(request, messages=noted)
+
+    async def _place(self, request: Request) -> None:
+        prompter = self._services.prompter
+        if prompter is None or self._recollection is None:
+            return
+        try:
+            await prompter.place(request, self._recollection)
+        except Exception:  # noqa: BLE001  as above
+            self._without_memory()
 
     async def _show(self) -> Shown | None:
         """What is shown once is not for a session, which would read on from it."""
