@@ -186,7 +186,8 @@ def learn(at: Served, base: Base) -> tuple[str, Mapping[str, Any]]:
 async def with_memory(base: Base, learning: Base, data: Path, of: World, encoder: str = "") -> Shares:
     """Frozen, memory, LoRA, and memory then LoRA."""
     async with served(base, data, MemoryConfig(decisions=True, consolidate=True, encoder=encoder)) as at:
-        before = await at.unrelated()
+        await at.unrelated()
+        before = await at.unrelated()  # from the prefix cache, as later
         out: Shares = {"frozen paraphrase": await repeated(at, of.paraphrases, of, "agent@0")}
         wrong, out["memory same"] = await stream(at, of)
         out["frozen same"] = await repeated(at, wrong, of, "agent@0")
@@ -209,6 +210,7 @@ async def with_memory(base: Base, learning: Base, data: Path, of: World, encoder
 
 async def with_retrieval(base: Base, data: Path, of: World) -> Shares:
     async with served(base, data, MemoryConfig(retrieval=True)) as at:
+        await at.unrelated()
         before = await at.unrelated()
         _, same = await stream(at, of)
         out = {"retrieval same": same, "retrieval paraphrase": await repeated(at, of.paraphrases, of)}

@@ -137,6 +137,20 @@ def hostile(result: Mapping[str, Any]) -> str:
     )
 
 
+def remembered(result: Mapping[str, Any]) -> str:
+    """How often a corrected mistake is made again before any weights moved, as one point of a list."""
+    found = {g["goal"]: g["value"] for g in result["goals"]}
+    same = "repeated a second after the correction, same wording, memory"
+    other = "paraphrase, memory"
+    encoder = f" ({found[f'by an encoder: {other}']:.2f} with a sentence encoder)"
+    return (
+        f"- With memory on, a corrected mistake is made again a second later in {found[same]:.2f} of the cases in the "
+        f"same words, where earlier answers in the prompt leave {found['same, retrieval']:.2f}; asked in other words, "
+        f"in {found[other]:.2f}{encoder if f'by an encoder: {other}' in found else ''} against "
+        f"{found['paraphrase, retrieval']:.2f}. Answers under other instructions stay as they were."
+    )
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -162,6 +176,7 @@ def main() -> None:
     page = between(page, "seeds", seeds(last("bench_demo")))
     page = between(page, "forgetting", forgetting(last("bench_forgetting")))
     page = between(page, "hostile", hostile(last("bench_poison")))
+    page = between(page, "memory", remembered(last("bench_repeat_mistakes")))
     page = between(page, "step", training_step(last("bench_dpo_step")))
     readme.write_text(between(page, "beside", beside_learning(last("bench_updates"))))
 

@@ -283,7 +283,7 @@ class MemoryConfig:
     scopes: Literal["system", "one"] = "system"  # what is kept apart: answers under other system prompts, or nothing
     label_noise: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.005  # share of sure judgements that are wrong
     encoder: str = ""  # path or hub id of a sentence-transformers model that tells situations apart; empty: the model
-    width: Annotated[float, Field(ge=0.0)] = 0.0  # 1 - cosine at which a judgement counts 1/e; 0: as its keys need it
+    width: Annotated[float, Field(gt=0.0)] = 0.2  # of the kernel: 1 - cosine at which a judgement counts 1/e
     odds: Annotated[float, Field(gt=0.0)] = 0.3  # that a remembered action is the one wanted, before any evidence
     max_entries: Annotated[int, Field(ge=1)] = 10_000  # of each tenant; the least useful go first
     harm: Annotated[int, Field(ge=1)] = 3  # an entry that harmed this many answers more than it helped is dropped
@@ -300,9 +300,10 @@ class MemoryConfig:
     attention_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30  # of all sessions; as much again for requests that run
 
     @property
-    def kernel_width(self) -> float:
-        """``width``, or that which the keys of the bundled model or of a sentence encoder need."""
-        return self.width or (0.3 if self.encoder else 0.2)
+    def same(self) -> float:
+        """The cosine from which on two situations are one: an encoder puts the same thing in other words 0.3 to 0.6
+        near, and other things below."""
+        return 0.7 if self.encoder else 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

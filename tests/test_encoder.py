@@ -12,10 +12,11 @@ from gradatim.app import compose
 from gradatim.config import MemoryConfig
 from gradatim.errors import ConfigError, MemoryKeyError
 from gradatim.memory.key_space import KeySpace, Turn, from_bytes, sentence
+from gradatim.memory.recall import actions_of, floor_of
 from gradatim.nn.base import Base
 from gradatim.nn.sentences import SentenceEncoder, asked_in
 from gradatim.store import SqlShelf
-from gradatim.types import MemoryKey
+from gradatim.types import EpisodeId, MemoryEntry, MemoryKey, StepId
 from tests.test_memory_served import product, settings, text
 
 WORDS = ("the", "parcel", "box", "never", "came", "refund", "my", "card", "please", "where")
@@ -87,9 +88,26 @@ def test_keys_of_sentences_are_of_length_1_and_of_their_own_space() -> None:
             space.key(np.array(bad))
 
 
-def test_a_judgement_reaches_farther_among_sentences() -> None:
-    assert MemoryConfig().kernel_width < MemoryConfig(encoder="x").kernel_width
-    assert MemoryConfig(encoder="x", width=0.1).kernel_width == 0.1
+def test_two_wordings_of_one_thing_count_in_full_among_sentences() -> None:
+    own, encoded = MemoryConfig(), MemoryConfig(encoder="x")
+    assert floor_of(encoded) < floor_of(own)
+    said = MemoryEntry(
+        id="s+",
+        tenant="",
+        user="",
+        episode_id=EpisodeId("e"),
+        step_id=StepId("s"),
+        created_at=0.0,
+        tokens=(1, 2),
+        value=1.0,
+    )
+    evidence = {
+        (config.encoder, cosine): actions_of([(said, cosine)], config)[0].evidence
+        for config in (own, encoded)
+        for cosine in (0.5, 0.7, 1.0)
+    }
+    assert evidence["x", 0.7] == evidence["x", 1.0] == evidence["", 1.0]
+    assert evidence["", 0.5] < evidence["x", 0.5] < evidence["x", 0.7]
 
 
 async def test_a_correction_acts_by_the_encoders_key_and_the_engine_looks_for_none(

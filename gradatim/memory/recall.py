@@ -1,7 +1,8 @@
 """One request's view of a memory: where it is, what is remembered near there, and what that does to its tokens.
 
 Evidence about an action is summed over the neighbours that it was judged at, each by its distance and by how sure its
-judgement was: L(a) = log((1 - noise) / noise) * sum_i k_i value_i, with k_i = exp((cos_i - 1) / width). A sure
+judgement was: L(a) = log((1 - noise) / noise) * sum_i k_i value_i, with k_i = exp((cos_i - 1) / width); where the keys
+put one thing in two wordings farther apart than at 1, that cosine stands in its place, and k_i is 1 at most. A sure
 judgement at this very place so counts in full, a doubtful one less, and contradictions cancel: with clean rewards one
 failure rules an action out, with noisy ones it takes a majority.
 
@@ -61,12 +62,12 @@ class Source(Protocol):
 
 def floor_of(config: MemoryConfig) -> float:
     """The cosine below which a neighbour counts for nothing."""
-    return 1.0 + config.kernel_width * math.log(_LEAST_KERNEL)
+    return config.same + config.width * math.log(_LEAST_KERNEL)
 
 
 def _kernel(cosine: float, config: MemoryConfig) -> float:
     """k of a neighbour: how far its judgement reaches."""
-    return math.exp((min(cosine, 1.0) - 1.0) / config.kernel_width)
+    return math.exp(min(cosine - config.same, 0.0) / config.width)
 
 
 def actions_of(near: Near, config: MemoryConfig) -> list[Action]:

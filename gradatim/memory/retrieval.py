@@ -178,7 +178,7 @@ def choose(
         if right is not None:
             entry, cosine = right
             halves = 0.0 if entry.id in retired else max(now - entry.created_at, 0.0) / config.half_life_s
-            score = math.exp((min(cosine, 1.0) - 1.0) / config.kernel_width) * entry.value * 0.5**halves
+            score = math.exp((min(cosine, 1.0) - 1.0) / config.width) * entry.value * 0.5**halves
             out.append(Found(text, entry, cosine, score))
     out.sort(key=lambda one: (-one.score, one.entry.id not in retired, one.entry.id))
     return list(takewhile(lambda one: one.entry.id not in retired, out))

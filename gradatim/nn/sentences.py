@@ -33,7 +33,7 @@ class SentenceEncoder:
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
             raise ConfigError(f"memory.encoder = {name!r} is no sentence-transformers model: {said}") from e
         self._lock = threading.Lock()
-        self.sha256 = _digest(self._model.state_dict())
+        self.sha256 = _digest(self._model.state_dict(), repr(self._model))
 
     def vector(self, text: str) -> NDArray[np.float32]:
         """(D,) of length 1."""
@@ -52,8 +52,9 @@ def asked_in(messages: Sequence[Message] | None, prompt: str) -> str:
     return "".join(str(p["text"]) for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)) or prompt
 
 
-def _digest(weights: dict[str, torch.Tensor]) -> str:
-    sha = hashlib.sha256()
+def _digest(weights: dict[str, torch.Tensor], shape: str) -> str:
+    """Of all that a vector depends on; ``shape``: its modules and their settings."""
+    sha = hashlib.sha256(shape.encode())
     for name in sorted(weights):
         sha.update(name.encode())
         sha.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
