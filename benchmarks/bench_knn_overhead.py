@@ -293,7 +293,7 @@ def run(data_dir: Path, folder: Path, quick: bool) -> tuple[list[harness.Goal], 
                 print(f"{name}: {side.grown_bytes / 1e6:.0f} MB more, {side.filling_s:.0f} s of CPU", flush=True)
             sides[name] = side
         try:
-            found = asyncio.run(measure(sides, 2 if quick else 8, 24 if quick else 48))
+            found = asyncio.run(measure(sides, 2 if quick else 6, 24 if quick else 48))
             goals += costs(found, details)
             goals += room(sides, sizes, details)
             largest = sides[f"{sizes[-1]} entries"].store
