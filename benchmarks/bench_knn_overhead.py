@@ -317,7 +317,9 @@ def costs(found: Found, details: dict[str, Any]) -> list[harness.Goal]:
             goals.append(harness.Goal(f"off, batch {batch}: CPU, ms a token", float(np.median(ms))))
             continue
         target = TARGETS.get(int(name.split()[0]), "reported")
-        goals.append(harness.Goal(f"{name}, batch {batch}: CPU of memory, % of the rest", 100 * shares.mean(), target))
+        goals.append(
+            harness.Goal(f"{name}, batch {batch}: CPU of memory, % of the rest", 100 * float(shares.mean()), target)
+        )
         off = np.array([value for value, _ in found["off", batch]])
         whole = 100 * (float(np.median(ms / off)) - 1)
         goals.append(harness.Goal(f"{name}, batch {batch}: CPU of an engine with it over one without, %", whole))

@@ -24,7 +24,7 @@ Rows: TypeAlias = NDArray[np.int64]
 
 _ROWS_OF_A_LIST = 39  # faiss asks for as many training points
 _LISTS_OF_ROOT = 2  # times the square root of n
-_MOST_TRAINING_ROWS = 80_000
+_MOST_TRAINING_ROWS = 100_000
 _AT_ONCE = 20_000  # rows that are decoded
 
 
