@@ -244,9 +244,7 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.process_time() - began
 
 
-def measured(
-    base: Base, keys: Keys, seeds: Sequence[int], n: int
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def measured(base: Base, keys: Keys, seeds: Sequence[int], n: int) -> tuple[Table, dict[str, float]]:
     """Success by arm, and the CPU seconds that each took."""
     reader = Reader(base, keys)
     world, read_s = timed(lambda: [reader.situation(ticket) for ticket in tickets()])

@@ -301,8 +301,8 @@ class MemoryConfig:
 
     @property
     def same(self) -> float:
-        """The cosine from which on two situations are one: an encoder puts the same thing in other words 0.3 to 0.6
-        near, and other things below."""
+        """The cosine from which on two situations are one: an encoder puts one thing in two wordings well below 1, and
+        other things farther still."""
         return 0.7 if self.encoder else 1.0
 
 

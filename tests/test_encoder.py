@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from gradatim.app import compose
+from gradatim.app.memory import TextPlacer
 from gradatim.config import MemoryConfig
 from gradatim.errors import ConfigError, MemoryKeyError
 from gradatim.memory.key_space import KeySpace, Turn, from_bytes, sentence
 from gradatim.memory.recall import actions_of, floor_of
 from gradatim.nn.base import Base
+from gradatim.nn.render import Renderer
 from gradatim.nn.sentences import SentenceEncoder, asked_in
 from gradatim.store import SqlShelf
+from gradatim.testing.records import a_step
 from gradatim.types import EpisodeId, MemoryEntry, MemoryKey, StepId
 from tests.test_memory_served import product, settings, text
 
@@ -40,9 +43,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
         intermediate_size=8,
         max_position_embeddings=32,
     )
-    BertModel(shape).save_pretrained(
-        folder / "bert"
-    )  # loaded with the mean over its tokens, where nothing else is said
+    # where nothing else is said, the vector of a text is the mean of its tokens
+    BertModel(shape).save_pretrained(folder / "bert")
     BertTokenizerFast(str(vocabulary)).save_pretrained(folder / "bert")
     return str(folder / "bert")
 
@@ -69,6 +71,7 @@ def test_what_is_no_encoder_is_refused_by_name(tmp_path: Path) -> None:
         ([{"role": "system", "content": "be brief"}, {"role": "user", "content": "where?"}], "where?"),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}], "ab"),
         ([{"role": "user", "content": ""}], "prompt"),
+        ([{"role": "user", "content": "where?"}, {"role": "assistant", "content": None}], "where?"),
         ([{"role": "assistant", "content": None, "tool_calls": []}], "prompt"),
     ],
 )
@@ -80,9 +83,8 @@ def test_keys_of_sentences_are_of_length_1_and_of_their_own_space() -> None:
     space = KeySpace("base", "tokens", (), sentence("e" * 64))
     key = space.key(np.array([3.0, 4.0]))
     assert key.tolist() == pytest.approx([0.6, 0.8], abs=1e-3)
-    assert (
-        space.id != KeySpace("base", "tokens", (), Turn()).id != KeySpace("base", "tokens", (), sentence("f" * 64)).id
-    )
+    poolings = (Turn(), sentence("f" * 64), sentence("e" * 64))
+    assert [space.id == KeySpace("base", "tokens", (), p).id for p in poolings] == [False, False, True]
     for bad in ([0.0, 0.0], [float("nan"), 1.0]):
         with pytest.raises(MemoryKeyError):
             space.key(np.array(bad))
@@ -126,6 +128,17 @@ async def test_a_correction_acts_by_the_encoders_key_and_the_engine_looks_for_no
         assert len(from_bytes(kept.key)) == DIMS
     async with product(tiny_base, config) as served:  # after a restart
         assert text(await served.ask("the parcel never came", user="alice")) == "left"
+
+
+async def test_a_step_lies_where_its_request_lay(tiny_base: Base, encoder: str) -> None:
+    """Whose key is made anew, of messages or of a plain prompt; also where no message has a text."""
+    renderer = Renderer(tiny_base)
+    placer = TextPlacer(SentenceEncoder(encoder), renderer)
+    for messages in ((), ({"role": "user", "content": "my card"},), ({"role": "user", "content": ""},)):
+        asked = await placer.of(messages or None, None if messages else "the parcel")
+        ids = renderer.prompt_ids(messages) if messages else renderer.more_ids("the parcel")
+        step = a_step("s", messages=messages, prompt_ids=ids)
+        np.testing.assert_array_equal(await placer.step(step, step.adapter_id), asked)
 
 
 async def test_keys_of_the_models_own_states_give_way_to_the_encoders(

@@ -106,8 +106,8 @@ class TextPlacer:
         return await asyncio.to_thread(self._encoder.vector, asked_in(messages, text))
 
     async def step(self, step: Step, _: AdapterId) -> NDArray[np.float32]:
-        """The same of one that was answered."""
-        return await self.of(step.messages, step.prompt_ids)
+        """The same of one that was answered: by what the request had, its messages or else its prompt."""
+        return await self.of(step.messages, None if step.messages else step.prompt_ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,13 +43,16 @@ class SentenceEncoder:
 
 
 def asked_in(messages: Sequence[Message] | None, prompt: str) -> str:
-    """The text of the last message; of several parts, of all that are text. The prompt where there are no messages, or
-    no text is in the last one."""
-    content = messages[-1].get("content") if messages else None
+    """The text of the last message that has any; of several parts, of all that are text. The prompt where there is
+    none."""
+    return next((text for message in reversed(messages or ()) if (text := _text(message.get("content")))), prompt)
+
+
+def _text(content: Any) -> str:
     if isinstance(content, str):
-        return content or prompt
+        return content
     parts = content if isinstance(content, Sequence) else ()
-    return "".join(str(p["text"]) for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str)) or prompt
+    return "".join(str(p["text"]) for p in parts if isinstance(p, dict) and isinstance(p.get("text"), str))
 
 
 def _digest(weights: dict[str, torch.Tensor], shape: str) -> str:
