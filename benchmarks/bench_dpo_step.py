@@ -43,6 +43,7 @@ from step_workload import (
     Thumb,
     load,
     make_pairs,
+    relative,
     text_ids,
     thumbs_of,
 )
@@ -75,12 +76,6 @@ def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, 
             print(f"  {name}: {spent:.2f} CPU s", file=sys.stderr, flush=True)
             best[name] = min(best[name], spent)
     return best
-
-
-def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    assert found.keys() == expected.keys()
-    error = sum(float((found[n] - expected[n]).double().square().sum()) for n in expected)
-    return float((error / sum(float(t.double().square().sum()) for t in expected.values())) ** 0.5)
 
 
 def floor_s(base: Base, pairs: Sequence[Pair]) -> float:

@@ -6,7 +6,7 @@ SmolLM2-135M, LoRA of rank 16 on all linear layers. It knows nothing of TRL.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,13 @@ def thumbs_of(pairs: Sequence[Pair]) -> list[Thumb]:
     return [Thumb(p.prompt, p.chosen, b.chosen, k % 2 == 0) for k, (p, b) in enumerate(zip(pairs, before, strict=True))]
 
 
+def relative(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Norm of the difference over the norm of what is expected, all tensors together."""
+    assert found.keys() == expected.keys()
+    error = sum(float((found[n] - expected[n]).double().square().sum()) for n in expected)
+    return float((error / sum(float(t.double().square().sum()) for t in expected.values())) ** 0.5)
+
+
 def start_weights(model: Any) -> LoraWeights:
     """As after some training: with B = 0 half of all gradients would be 0 whatever the code does."""
     generator = torch.Generator().manual_seed(1)
@@ -95,7 +102,8 @@ def start_weights(model: Any) -> LoraWeights:
 class Ours:
     """The product's step. ``generic`` takes the model-agnostic path."""
 
-    def __init__(self, base: Base, *, generic: bool = False) -> None:
+    def __init__(self, base: Base, *, generic: bool = False, pass_tokens: int = PASS_TOKENS) -> None:
+        self._pass_tokens = pass_tokens
         self._trainable = Trainable(base)
         self._forward: Callable[[Sequence[Answer]], list[Scored]] = (
             (lambda answers: score(base.model, answers)) if generic else self._trainable.forward
@@ -108,7 +116,7 @@ class Ours:
         """Log-probabilities (2,) of each pair under the bare base."""
         out: dict[int, Tensor] = {}
         with torch.no_grad(), self._lora.disabled():
-            for members in passes([p.answers for p in pairs], PASS_TOKENS):
+            for members in passes([p.answers for p in pairs], self._pass_tokens):
                 totals = [s.total for s in self._forward([a for m in members for a in pairs[m].answers])]
                 out |= {m: torch.stack(totals[2 * k : 2 * k + 2]) for k, m in enumerate(members)}
         return [out[m] for m in range(len(pairs))]
@@ -117,7 +125,7 @@ class Ours:
         self._lora.zero_grad()
         reference = reference or self.reference(pairs)
         mean = 0.0
-        for members in passes([p.answers for p in pairs], PASS_TOKENS):
+        for members in passes([p.answers for p in pairs], self._pass_tokens):
             scored = self._forward([a for m in members for a in pairs[m].answers])
             now = torch.stack([s.total for s in scored]).view(-1, 2)
             before = torch.stack([reference[m] for m in members])

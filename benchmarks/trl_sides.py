@@ -32,7 +32,7 @@ class _Trl:
             bf16=base.dtype == torch.bfloat16,
             learning_rate=LR,
             max_length=None,
-            use_cpu=True,
+            use_cpu=base.device.type == "cpu",
             report_to=[],
             disable_tqdm=True,
             **({"gradient_checkpointing": False} | own),

@@ -151,7 +151,6 @@ class GateConfig:
     anchor_margin: float = 0.05  # the same against the anchor, over all updates since it was set
     unproven: Annotated[int, Field(ge=0)] = 3  # updates in a row without proof of being better than the anchor; 0: any
     alpha: float = 0.05  # level of the sign test on lost against won answers, per skill
-    repair: float = 3.0  # harm of up to this many margins has the step halved, twice at most; beyond, it is refused
     suite: str = ""  # your own cases: a JSONL file or a folder; empty: none. The loop then holds an engine of its own
     max_delta_norm: float = 0.2  # largest ||delta W|| / ||W|| of any layer
     min_users: Annotated[int, Field(ge=0)] = 0  # named users behind an update, at least

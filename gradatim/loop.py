@@ -304,9 +304,10 @@ class Loop:
         return Stage.ROLLED_BACK if harmful else Stage.REJECTED
 
     def _update(self, adapter: Adapter) -> Update | None:
-        """What made it, where a smaller step may still be tried."""
+        """What made it, where a smaller step may still be tried: never of what no outcome bears out, whichever gate
+        asks for it."""
         for _, update in self.store.read(Update, id=adapter.update_id):
-            return update if update.scale > SMALLEST_STEP else None
+            return update if update.scale > SMALLEST_STEP and update.is_borne_out else None
         return None
 
     def _move(self, adapter_id: AdapterId, before: Stage, after: Stage, reason: str) -> Move:

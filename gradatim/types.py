@@ -315,7 +315,7 @@ class Adapter:
 class Decision(StrEnum):
     PASS = "pass"
     FAIL = "fail"
-    REPAIR = "repair"  # a little too much harm: the same change, made smaller, is judged in its place
+    REPAIR = "repair"  # too much harm: the same change, made smaller, is judged in its place, where outcomes bear it out
     WAIT = "wait"  # not enough evidence yet: it stays where it is
 
 

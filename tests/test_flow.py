@@ -397,7 +397,7 @@ def repaired(store: Store, good: set[int]) -> dict[str, Stage]:
     return {str(a): stage for a, stage in store.stages("agent").items()}
 
 
-def test_a_step_that_does_a_little_harm_is_halved_until_it_passes(store: Store) -> None:
+def test_a_step_that_does_harm_is_halved_until_it_passes(store: Store) -> None:
     stages = repaired(store, good={3})
     assert stages == {
         "agent@0": Stage.RETIRED,
@@ -412,6 +412,15 @@ def test_a_step_is_halved_twice_at_most(store: Store) -> None:
     stages = repaired(store, good=set())
     assert stages["agent@0"] is Stage.LIVE
     assert [a for a, stage in stages.items() if stage is Stage.REJECTED] == ["agent@1", "agent@2", "agent@3"]
+
+
+def test_no_gate_has_a_step_halved_that_no_outcome_bears_out(store: Store) -> None:
+    loop, learner = loop_on(store)
+    learner.metrics = {"borne_out": 0.4}
+    loop.gates = {Stage.CANDIDATE: [GateOfSteps({3})]}
+    good_episode(store)
+    run(loop, turns=8)
+    assert dict(store.stages("agent")) == {"agent@0": Stage.LIVE, "agent@1": Stage.REJECTED}
 
 
 def test_what_was_not_mended_by_halving_gets_its_second_chance(store: Store) -> None:

@@ -110,16 +110,16 @@ def test_losing_known_good_answers_of_one_skill_is_not_paid_for_by_another(tmp_p
         store.append(*old, *new)
         right = {"agent@0": {e.id for e in old}, "agent@1": {e.id for e in [*old[6:], *new]}}
         decision, reason = replay(store, right)
-    assert decision is Decision.FAIL
+    assert decision is Decision.REPAIR
     assert "old against live: 4.1 of 20" in reason
 
 
-def test_a_little_harm_is_repaired_and_more_is_refused(tmp_path: Path) -> None:
-    """A margin of 1 of 20 answers, and 3 of 20 as the most that a smaller step may mend, beside gains elsewhere."""
+def test_harm_beyond_the_margin_is_repaired_however_great(tmp_path: Path) -> None:
+    """A margin of 1 of 20 answers, beside gains elsewhere."""
     cases, new = verified("a", 20, "old"), verified("b", 20, "new")
     with open_store(tmp_path / "s.db") as store:
         store.append(*cases, *new)
-        for lost, expected in ((1, Decision.PASS), (3, Decision.REPAIR), (5, Decision.FAIL)):
+        for lost, expected in ((1, Decision.PASS), (3, Decision.REPAIR), (12, Decision.REPAIR)):
             right = {"agent@0": {e.id for e in cases}, "agent@1": {e.id for e in [*cases[lost:], *new]}}
             assert replay(store, right)[0] is expected
 
@@ -212,10 +212,11 @@ def simulated(loss: float, runs: int = 400, n: int = 24, noise: float = 0.7) -> 
 
 
 def test_a_little_harm_everywhere_is_seen() -> None:
-    """Sixty answers, each a little less likely, or much; and sixty that only moved at random."""
+    """Sixty answers, each a little less likely; and sixty that only moved at random."""
     rng, config = random.Random(0), GateConfig()
-    for mean, decision in ((-0.1, Decision.REPAIR), (-0.3, Decision.FAIL)):
-        assert common_harm([rng.gauss(mean, 0.1) for _ in range(60)], config)[0] is decision
+    gains = [rng.gauss(-0.1, 0.1) for _ in range(60)]
+    assert common_harm(gains, config)[0] is Decision.REPAIR
+    assert common_harm(gains, config, Leeway.of(update(borne_out=0.0)))[0] is Decision.FAIL
     refused = sum(bool(common_harm([rng.gauss(0.0, 0.15) for _ in range(60)], config)[1]) for _ in range(1000))
     assert refused / 1000 <= config.alpha
     assert common_harm([-0.9], config)[0] is Decision.PASS
@@ -231,13 +232,10 @@ def _scores(cases: Sequence[Example], chances: Sequence[float]) -> Sequence[Case
 
 
 def test_error_rates_of_the_replay_gate_by_simulation() -> None:
-    """A harmless candidate is hardly ever refused; one that lost a third of its answers never goes live as it is, and
-    one that lost half has no smaller step tried."""
-    harmless, harmful, broken = simulated(0.0), simulated(1 / 3), simulated(0.5)
-    assert harmless[Decision.FAIL] <= 0.01
+    """A harmless candidate is seldom held back; one that lost a third of its answers never goes live as it is."""
+    harmless, harmful = simulated(0.0), simulated(1 / 3)
     assert harmless[Decision.PASS] >= 0.9
     assert harmful[Decision.PASS] <= 0.01
-    assert broken[Decision.FAIL] >= 0.99
 
 
 def test_likelihood_lost_by_answers_that_nobody_would_have_got_is_no_loss() -> None:
@@ -267,11 +265,11 @@ def test_feedback_that_no_outcome_bears_out_gets_no_benefit_of_the_doubt(tmp_pat
 @pytest.mark.parametrize("length", [1.0, 0.5, 0.25])
 def test_a_harmful_direction_is_refused_at_any_length_of_its_step(length: float) -> None:
     """Harm in proportion to the step, 1.2 margins at its full length; the trust region may shorten it first."""
-    doubtful = Leeway.of(update(borne_out=0.0, fresh_share=length), GateConfig())
+    doubtful = Leeway.of(update(borne_out=0.0, fresh_share=length))
     found = Pairs(n=20, net=1.2 * length, lost=0, won=0, logprob=-0.1)
     assert harm(found, GateConfig(), doubtful)[0] is Decision.FAIL
     assert common_harm([-0.06 * length - 0.0001 * i for i in range(20)], GateConfig(), doubtful)[0] is Decision.FAIL
-    trusted = Leeway.of(update(borne_out=1.0, fresh_share=length), GateConfig())
+    trusted = Leeway.of(update(borne_out=1.0, fresh_share=length))
     assert harm(found, GateConfig(), trusted)[0] is (Decision.REPAIR if length == 1.0 else Decision.PASS)
 
 
@@ -289,7 +287,7 @@ def against_anchor(tmp_path: Path, lost: int, won: int) -> Decision:
 def test_a_loss_against_the_anchor_must_be_beyond_the_margin_and_beyond_chance(tmp_path: Path) -> None:
     assert against_anchor(tmp_path, lost=1, won=0) is Decision.PASS
     assert against_anchor(tmp_path, lost=8, won=5) is Decision.PASS  # as likely chance
-    assert against_anchor(tmp_path, lost=6, won=0) is Decision.FAIL
+    assert against_anchor(tmp_path, lost=6, won=0) is Decision.REPAIR
 
 
 def test_the_test_of_a_mean_is_that_of_scipy() -> None:

@@ -58,6 +58,14 @@ class Codec:
         out: Floats = self._quantiser.decode(np.ascontiguousarray(codes))
         return out.reshape(len(codes), self.dims)
 
+    def flat(self) -> Any:
+        """An index of such codes one behind the other, empty, with the distances that ``inverted`` computes, bit for
+        bit: faiss.IndexScalarQuantizer."""
+        index = faiss.IndexScalarQuantizer(self.dims, self.kind, faiss.METRIC_L2)
+        self._fix(index.sq)
+        index.is_trained = True
+        return index
+
     def inverted(self, lists: int, some: Floats) -> Any:
         """An inverted file of such codes, empty, its lists those of some keys (n, E): faiss.IndexIVFScalarQuantizer."""
         coarse = faiss.IndexFlatL2(self.dims)
@@ -104,6 +112,15 @@ class Codec:
         q *= np.sign(np.diag(r))  # the one whose r has a positive diagonal, whoever computes it
         scaled: Floats = (q[:, : self.dims] * np.sqrt(self.width / self.dims)).astype(np.float32)
         return scaled
+
+
+def flat_codes(index: Any) -> Codes:
+    """Those of a ``Codec.flat`` (n, code_bytes), where they lie."""
+    n, size = int(index.ntotal), int(index.code_size)
+    if not n:
+        return np.empty((0, size), np.uint8)
+    codes: Codes = faiss.rev_swig_ptr(index.codes.data(), n * size)
+    return codes.reshape(n, size)
 
 
 @lru_cache

@@ -5,8 +5,7 @@ Keys have the names of what they were made of, one or many to a name. Each is ke
 and distances are computed from what is kept, by the same sum wherever it lies: sealing costs candidates, never order.
 A removed key is hidden by its bit, and overwritten, at once. It knows no tokens, models or tenants.
 
-Shapes: N rows ever added, D width of a key, E numbers that are kept of it, B queries, K neighbours asked for, C
-candidates.
+Shapes: N rows ever added, D width of a key, E numbers that are kept of it, B queries, K neighbours asked for.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradatim.errors import MemoryKeyError, StoreError
-from gradatim.memory.codec import Codec, Codes, Floats, halves
+from gradatim.memory.codec import Codec, Codes, Floats, flat_codes, halves
 from gradatim.memory.segments import Rows, Segment, built
 
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
 PROBES = 16  # inverted lists looked at in a segment
-CANDIDATES = 64  # rows whose exact distances are compared
+_TIES = 8  # rows looked for beyond K, so that of equally near ones the oldest are taken
 _FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
 
@@ -56,8 +55,7 @@ class KeyIndex:
         self._hot_rows, self._probes = hot_rows, probes
         self._lock = threading.RLock()  # of everything below
         self._building = threading.RLock()  # what is in a segment changes by one thread at a time; taken first
-        self._hot: Floats = np.zeros((0, self.codec.dims), np.float32)  # (capacity, E) the unsealed rows
-        self._norms: Floats = np.zeros(0, np.float32)  # squared, of the same
+        self._hot = self.codec.flat()  # the unsealed rows
         self._alive: NDArray[np.bool_] = np.zeros(0, np.bool_)  # (capacity,) whether a row may be found
         self._rows = 0
         self._removed = 0
@@ -106,26 +104,26 @@ class KeyIndex:
     @property
     def size_bytes(self) -> int:
         """Memory that its rows take, without their names."""
-        return sum(s.size_bytes for s in self._segments) + self._hot.nbytes + self._norms.nbytes + self._alive.nbytes
+        return sum(s.size_bytes for s in self._segments) + self._hot.codes.size() + self._alive.nbytes
 
     # ------------------------------------------------------------------------------------------ changes
 
     def add(self, name: str, keys: Floats) -> range:
         """Their new row numbers, beside those that the name has. ``keys`` (n, D). MemoryKeyError where a number is not
         finite in half precision."""
-        kept = self._kept(keys)
+        codes = self._encoded(keys)
         with self._lock:
-            rows = self._append(kept)
+            rows = self._append(codes)
             self._own(name, rows)
             return rows
 
     def replace(self, name: str, keys: Floats) -> tuple[range, list[range]]:
         """The same in place of all rows that the name had, which are the second that is given. Where the new ones are
         refused the old ones stay."""
-        kept = self._kept(keys)
+        codes = self._encoded(keys)
         with self._lock:
             gone = self.remove(name)
-            rows = self._append(kept)
+            rows = self._append(codes)
             self._own(name, rows)
             return rows, gone
 
@@ -140,7 +138,7 @@ class KeyIndex:
                 if len(rows) and (segment := self._segment_of(rows.start)) is not None:
                     segment.erase(np.arange(rows.start, rows.stop))
                 else:
-                    self._hot[rows.start - self.sealed : rows.stop - self.sealed] = 0
+                    self._hot_codes()[rows.start - self.sealed : rows.stop - self.sealed] = self.codec.far
             return gone
 
     def _segment_of(self, row: int) -> Segment | None:
@@ -164,13 +162,13 @@ class KeyIndex:
         with self._lock:
             assert self._rows == 0
             self._segments, self._rows = tuple(segments), at
-            self._append(self.codec.decode(codes))
+            self._append(codes)
             self._alive[:] = False
             for start, end, name in rows:
                 self._own(name, range(start, end))
                 self._alive[start:end] = True
             self._removed = self._rows - int(self._alive.sum())
-            self._hot[: len(codes)][~self._alive[at : self._rows]] = 0
+            self._hot_codes()[~self._alive[at : self._rows]] = self.codec.far
 
     def compacted(self, held: Held) -> KeyIndex:
         """An index of the same keys that never held what was removed; ``held`` is of this one, which stays ``still``.
@@ -198,21 +196,21 @@ class KeyIndex:
             self.remove(name)
         return True
 
-    def _kept(self, keys: Floats) -> Floats:
-        """(n, D) -> (n, E), rounded."""
+    def _encoded(self, keys: Floats) -> Codes:
+        """(n, D) -> (n, code_bytes)."""
         if keys.ndim != 2 or keys.shape[1] != self.width:
             raise MemoryKeyError(f"keys of shape {keys.shape} do not fit an index of width {self.width}")
         with np.errstate(over="ignore"):
             if not np.isfinite(keys.astype(np.float16)).all():
                 raise MemoryKeyError("a key holds NaN, an infinity or a number above 65504; it is not stored")
-        return self.codec.decode(self.codec.encode(keys))
+        return self.codec.encode(keys)
 
-    def _append(self, kept: Floats) -> range:
-        start, end = self._rows, self._rows + len(kept)
-        self._reserve(end)
-        hot = slice(start - self.sealed, end - self.sealed)
-        self._hot[hot] = kept
-        self._norms[hot] = np.square(kept).sum(1)
+    def _append(self, codes: Codes) -> range:
+        start, end = self._rows, self._rows + len(codes)
+        if end > len(self._alive):
+            self._alive = _grown(self._alive, max(end, 2 * len(self._alive), _FIRST_ROWS))
+        if len(codes):
+            self._hot.add_sa_codes(codes)
         self._alive[start:end] = True
         self._rows = end
         return range(start, end)
@@ -221,13 +219,6 @@ class KeyIndex:
         self._spans.setdefault(name, []).append(rows)
         self._starts.append(rows.start)
         self._owners.append(name)
-
-    def _reserve(self, rows: int) -> None:
-        if rows > len(self._alive):
-            self._alive = _grown(self._alive, max(rows, 2 * len(self._alive), _FIRST_ROWS))
-        if rows - self.sealed > len(self._hot):
-            capacity = max(rows - self.sealed, 2 * len(self._hot), _FIRST_ROWS)
-            self._hot, self._norms = _grown(self._hot, capacity), _grown(self._norms, capacity)
 
     # ------------------------------------------------------------------------------------------ looking
 
@@ -256,7 +247,11 @@ class KeyIndex:
     def _between(self, rows: range) -> Floats:
         if len(rows) and (segment := self._segment_of(rows.start)) is not None:
             return segment.of(np.arange(rows.start, rows.stop))
-        return self._hot[rows.start - self.sealed : rows.stop - self.sealed].copy()
+        return self.codec.decode(self._hot_codes()[rows.start - self.sealed : rows.stop - self.sealed])
+
+    def _hot_codes(self) -> Codes:
+        """(n, code_bytes) of the unsealed rows, until the next change: to be read or written under the lock."""
+        return flat_codes(self._hot)
 
     @contextmanager
     def still(self) -> Iterator[None]:
@@ -268,8 +263,7 @@ class KeyIndex:
         """All of it, without what was removed. Its segments are this one's own: they are all there is for as long as it
         is ``still``."""
         with self._lock:
-            codes = self.codec.pack(self._hot[: self._rows - self.sealed])
-            return Held(self._segments, codes, self.alive(), self.spans())
+            return Held(self._segments, self._hot_codes().copy(), self.alive(), self.spans())
 
     # ------------------------------------------------------------------------------------------ search
 
@@ -284,32 +278,19 @@ class KeyIndex:
     def search(self, queries: Floats, k: int) -> tuple[Floats, Rows]:
         """Squared distances (B, K), ascending, and rows (B, K); of ties the older row is first. Where fewer are to be
         had the rest is inf and -1. ``queries`` (B, D), finite."""
-        seen, count = np.ascontiguousarray(self.codec.seen(queries), np.float32), max(k, CANDIDATES)
+        seen, count = np.ascontiguousarray(self.codec.seen(queries), np.float32), k + _TIES
         with self._lock:
-            parts = [self._among_hot(seen, count), *(s.search(seen, count, self._probes) for s in self._segments)]
-            rough, rows, codes = (np.concatenate(x, 1) for x in zip(*parts, strict=True))  # (B, C), and (B, C, bytes)
-            rough[(rows < 0) | ~self._alive[rows]] = np.inf
-        if rough.shape[1] > count:
-            best = np.argpartition(rough, count - 1, 1)[:, :count]
-            rough, rows = (np.take_along_axis(x, best, 1) for x in (rough, rows))
-            codes = np.take_along_axis(codes, best[:, :, None], 1)
-        rows[np.isinf(rough)] = -1
-        keys = self.codec.decode(codes.reshape(-1, self.codec.code_bytes)).reshape(*rows.shape, self.codec.dims)
-        return _nearest(seen, rows, keys, k)
-
-    def _among_hot(self, queries: Floats, count: int) -> tuple[Floats, Rows, Codes]:
-        """The best unsealed rows in no order, as ``Segment.search`` gives them; (B, <= count)."""
-        n = self._rows - self.sealed
-        scores = self._norms[:n] - 2.0 * (queries @ self._hot[:n].T)  # (B, n), less |q|^2
-        scores[:, ~self._alive[self._rows - n : self._rows]] = np.inf
-        if n > count:
-            best = np.argpartition(scores, count - 1, 1)[:, :count]
-            scores = np.take_along_axis(scores, best, 1)
-        else:
-            best = np.broadcast_to(np.arange(n), scores.shape)
-        codes = self.codec.pack(self._hot[best].reshape(-1, self.codec.dims))
-        rough = scores + np.square(queries).sum(1, keepdims=True)
-        return rough, best + self.sealed, codes.reshape(*best.shape, self.codec.code_bytes)
+            parts = [s.search(seen, count, self._probes) for s in self._segments]
+            if self._hot.ntotal:
+                distances, rows = self._hot.search(seen, count)
+                parts.append((distances, np.where(rows < 0, rows, rows + self.sealed)))
+            if not parts:
+                return np.full((len(seen), k), np.inf, np.float32), np.full((len(seen), k), -1)
+            distances, rows = parts[0] if len(parts) == 1 else (np.concatenate(x, 1) for x in zip(*parts, strict=True))
+            gone = (rows < 0) | ~self._alive[rows]
+        distances[gone], rows[gone] = np.inf, -1
+        order = np.lexsort((rows, distances), 1)[:, :k]
+        return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
 
     # ---------------------------------------------------------------------------------------- segments
 
@@ -319,7 +300,7 @@ class KeyIndex:
         with self._building:
             with self._lock:
                 sealed, end, kept = self.sealed, self._rows, list(self._segments)
-                alive, hot = self._alive[:end].copy(), self.codec.pack(self._hot[: end - sealed])
+                alive, hot = self._alive[:end].copy(), self._hot_codes().copy()
             start = sealed
             merged = [(np.arange(sealed, end), hot)]
             while kept and kept[-1].end - kept[-1].start <= end - start:
@@ -339,10 +320,10 @@ class KeyIndex:
 
     def _adopt(self, segments: tuple[Segment, ...]) -> None:
         before, self._segments = self.sealed, segments
-        left = slice(self.sealed - before, self._rows - before)
-        hot, norms = self._hot[left], self._norms[left]
-        capacity = max(len(hot), _FIRST_ROWS)
-        self._hot, self._norms = _grown(hot, capacity), _grown(norms, capacity)
+        left = self._hot_codes()[self.sealed - before :].copy()
+        self._hot = self.codec.flat()
+        if len(left):
+            self._hot.add_sa_codes(left)
 
 
 def _grown(array: Any, capacity: int) -> Any:
@@ -350,16 +331,3 @@ def _grown(array: Any, capacity: int) -> Any:
     out[: len(array)] = array
     return out
 
-
-def _nearest(queries: Floats, rows: Rows, keys: Floats, k: int) -> tuple[Floats, Rows]:
-    """The first K of candidates: rows (B, C), -1 for none, and their keys (B, C, E)."""
-    keys -= queries[:, None]
-    distances = np.einsum("bce,bce->bc", keys, keys)  # (B, C)
-    distances[rows < 0] = np.inf
-    order = np.lexsort((rows, distances), 1)[:, :k]
-    found, rows = (np.take_along_axis(x, order, 1) for x in (distances, rows))
-    short = k - found.shape[1]
-    if short > 0:
-        found = np.pad(found, ((0, 0), (0, short)), constant_values=np.inf)
-        rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
-    return found, rows

@@ -3,7 +3,7 @@
 Its lists are found by k-means on the rows themselves; the codes in them are as they came. A row that is erased leaves
 its place behind, with a code that is near to nothing.
 
-Shapes: n rows of a segment, E numbers that are kept of a key, B queries, C candidates.
+Shapes: n rows of a segment, E numbers that are kept of a key, B queries.
 """
 
 from __future__ import annotations
@@ -55,11 +55,10 @@ class Segment:
         rows = len(self) * (self._codec.code_bytes + 8) + self._place.nbytes
         return rows + int(self.index.nlist) * (4 * self._codec.dims + self._ends.itemsize)
 
-    def search(self, queries: Floats, count: int, probes: int) -> tuple[Floats, Rows, Codes]:
-        """Squared distances (B, count), rows (B, count), -1 where there are fewer, and their codes (B, count, bytes).
-        ``queries`` (B, E)."""
+    def search(self, queries: Floats, count: int, probes: int) -> tuple[Floats, Rows]:
+        """Squared distances (B, count), ascending, and rows (B, count), -1 where there are fewer. ``queries`` (B, E)."""
         options = faiss.SearchParametersIVF(nprobe=probes)
-        found: tuple[Floats, Rows, Codes] = self.index.search_and_return_codes(queries, count, params=options)
+        found: tuple[Floats, Rows] = self.index.search(queries, count, params=options)
         return found
 
     def of(self, rows: Rows) -> Floats:

@@ -164,7 +164,7 @@ class ReplayGate:
         update = _update(self._store, candidate)
         trained = frozenset(update.example_ids) if update else frozenset()
         cases = self._scorable(candidate, self._cases.choose(exclude=trained))
-        found = _Findings(self._config, Leeway.of(update, self._config))
+        found = _Findings(self._config, Leeway.of(update))
         gains: Sequence[float] = ()
         if cases:
             scores = {a.id: self._scorer.score(a, cases) for a in (candidate, live, anchor)}

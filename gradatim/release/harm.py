@@ -77,21 +77,21 @@ class Leeway:
     """What harm a candidate is let pass with, by how well the feedback behind it is borne out.
 
     On known answers alone, an honest step that is too long and a short step in a harmful direction look the same. So
-    only feedback that outcomes bear out gets the benefit of the doubt: its step may be halved. Any other is not
-    repaired, and where the trust region shortened its step, the margin is shortened alike: a harm that grows with the
-    step is refused at any length.
+    only feedback that outcomes bear out gets the benefit of the doubt: its step may be halved, however great its harm
+    was, since what passes at last is judged like any other. Any other is not repaired, and where the trust region
+    shortened its step, the margin is shortened alike: a harm that grows with the step is refused at any length.
     """
 
-    repair: float  # margins of harm up to which half of the step may be tried
+    repaired: bool = True  # whether half of the step may be tried
     length: float = 1.0  # of the margin, as a share
     advice: str = ""
 
     @staticmethod
-    def of(update: Update | None, config: GateConfig) -> Leeway:
+    def of(update: Update | None) -> Leeway:
         if update is None or update.is_borne_out:
-            return Leeway(config.repair)
+            return Leeway()
         return Leeway(
-            0.0,
+            False,
             update.metrics.get("fresh_share", 1.0),
             "no smaller step is tried, as no outcome bears out most of its feedback (send one for corrected episodes)",
         )
@@ -100,15 +100,18 @@ class Leeway:
         """Answers of n that may be lost in expectation."""
         return self.length * max(1.0, margin * n)
 
-    def verdict(self, net: float, allowed: float) -> Decision:
-        return Decision.REPAIR if net <= self.repair * allowed else Decision.FAIL
+    @property
+    def failed(self) -> Decision:
+        """What becomes of a candidate that did harm."""
+        return Decision.REPAIR if self.repaired else Decision.FAIL
 
 
-def harm(pairs: Pairs, config: GateConfig, leeway: Leeway | None = None) -> tuple[Decision, str]:
-    """Whether the candidate is worse than the reference on these cases, and why. Small harm may be repaired."""
-    leeway = leeway or Leeway(config.repair)
-    allowed = leeway.allowed(config.margin, pairs.n)
-    failed = leeway.verdict(pairs.net, allowed)
+FULL = Leeway()
+
+
+def harm(pairs: Pairs, config: GateConfig, leeway: Leeway = FULL) -> tuple[Decision, str]:
+    """Whether the candidate is worse than the reference on these cases, and why."""
+    allowed, failed = leeway.allowed(config.margin, pairs.n), leeway.failed
     if pairs.net > allowed:
         return failed, f"{pairs.net:.1f} of {pairs.n} known good answers lost in expectation"
     if pairs.lost > pairs.won and pairs.p_value < config.alpha:
@@ -116,7 +119,7 @@ def harm(pairs: Pairs, config: GateConfig, leeway: Leeway | None = None) -> tupl
     return Decision.PASS, ""
 
 
-def lasting_harm(anchor: Pairs, config: GateConfig, leeway: Leeway | None = None) -> tuple[Decision, str]:
+def lasting_harm(anchor: Pairs, config: GateConfig, leeway: Leeway = FULL) -> tuple[Decision, str]:
     """Whether the candidate is worse than the anchor. Most of that is the live adapter's own, and no smaller step mends
     it: so it must be plain, beyond the margin and beyond chance."""
     if not anchor.p_mean < config.alpha:
@@ -124,15 +127,11 @@ def lasting_harm(anchor: Pairs, config: GateConfig, leeway: Leeway | None = None
     return harm(anchor, replace(config, margin=config.anchor_margin), leeway)
 
 
-def common_harm(gains: Sequence[float], config: GateConfig, leeway: Leeway | None = None) -> tuple[Decision, str]:
+def common_harm(gains: Sequence[float], config: GateConfig, leeway: Leeway = FULL) -> tuple[Decision, str]:
     """Whether all skills together lost: small harm everywhere, which no skill shows alone. By the mean and a one-sided
     t test."""
-    leeway = leeway or Leeway(config.repair)
     net = -sum(gains)
-    allowed = leeway.allowed(config.margin, len(gains))
     p_value = p_of_loss(gains)
-    if net <= allowed or not p_value < config.alpha:
+    if net <= leeway.allowed(config.margin, len(gains)) or not p_value < config.alpha:
         return Decision.PASS, ""
-    return leeway.verdict(
-        net, allowed
-    ), f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"
+    return leeway.failed, f"{net:.1f} of {len(gains)} known good answers of all skills lost (t test p = {p_value:.3f})"

@@ -3,8 +3,8 @@
     {"messages": [...], "answer": "click 3", "must": true, "skill": "login", "max_tokens": 32}
     {"messages": [...], "contains": ["42"], "matches": "^The", "lacks": ["sorry"]}
 
-Both adapters answer every case, greedily. A case that ``must`` pass and does not fails the candidate; so does harm by
-the replay gate's rule, skill by skill, against what the other adapter got right. Knows nothing of how answers are made.
+Both adapters answer every case, greedily. A case that ``must`` pass and does not fails the candidate; harm by the replay
+gate's rule, skill by skill, against what the other adapter got right, has its step halved. Knows nothing of how answers are made.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class SuiteGate:
 def decide(
     cases: Sequence[SuiteCase], candidate: Sequence[bool], live: Sequence[bool], config: GateConfig
 ) -> tuple[Decision, str]:
-    """FAIL for a broken ``must`` or for harm, REPAIR for a little; WAIT where too few cases are right to say."""
+    """FAIL for a broken ``must``, REPAIR for harm; WAIT where too few cases are right to say."""
     broken = [case.name for case, right in zip(cases, candidate, strict=True) if case.must and not right]
     if broken:
         return Decision.FAIL, f"must be right and is not: {', '.join(broken[:5])}"
