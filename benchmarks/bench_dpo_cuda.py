@@ -1,10 +1,10 @@
 """One DPO step against TRL's DPOTrainer on a CUDA GPU: a model of 1.5 billion weights, drawn at random, in bfloat16.
 
-A step costs what its shapes cost, whatever the weights say, so that no weights need to be fetched. Both sides train LoRA of rank 16
-on all linear layers of models with equal weights, with AdamW and clipping, on the same token ids; TRL takes all pairs in
-one pass, without gradient checkpointing, under bf16 autocast. Sides alternate in one process after a warm-up, and are
-timed on the wall between two synchronisations; the figure is the median's. Peaks are what torch allocated above what it
-held before the step. Loss and gradient of both are compared before anything is timed.
+A step costs what its shapes cost, whatever the weights say, so that no weights need to be fetched. Both sides train
+LoRA of rank 16 on all linear layers of models with equal weights, with AdamW and clipping, on the same token ids; TRL
+takes all pairs in one pass, without gradient checkpointing, under bf16 autocast. Sides alternate in one process after a
+warm-up, and are timed on the wall between two synchronisations; the figure is the median's. Peaks are what torch
+allocated above what it held before the step. Loss and gradient of both are compared before anything is timed.
 
 ``--quick`` is a smoke run on a tiny model, on the CPU where there is no GPU. Needs the extra ``bench``:
 pip install 'gradatim[bench]'.
@@ -162,7 +162,7 @@ def main() -> None:
         trl = TrlDpo(trl_base, Path(folder), at_once=max(PAIRS))
         for count in PAIRS:
             pairs = make_pairs(ids, count, SYSTEM_TOKENS, (162, 210), (48, 96))
-            print(f"{count} pairs: {args.quick and 2 or ROUNDS} rounds of 4 sides", file=sys.stderr, flush=True)
+            print(f"{count} pairs: {(args.quick and 2) or ROUNDS} rounds of 4 sides", file=sys.stderr, flush=True)
             found, told = compare(ours, trl, pairs, 2 if args.quick else ROUNDS)
             goals += found
             details |= told

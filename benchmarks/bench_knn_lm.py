@@ -163,7 +163,7 @@ def trained(
     domains: Sequence[Domain], general: Sequence[Sequence[int]], reader: Reader
 ) -> tuple[Gate, dict[str, Gate], dict[str, float]]:
     """The gate of all texts, one per domain trained on the others, and the best fixed lambda of each."""
-    looking = KnnLm(Gate())
+    looking = KnnLm(Gate().lambdas)
     cases: dict[str, list[Cases]] = {}
     fixed: dict[str, float] = {}
     for name, some in [*((d.name, d.dev) for d in domains), ("general text", general)]:
@@ -194,7 +194,7 @@ def said(logprobs: Tensor, targets: Tensor) -> Tensor:
 def remembered(store: TokenStore, hidden: Tensor, targets: Tensor) -> Tensor:
     """(T,) log-probability under the neighbours alone."""
     found = recalled(store.search(hidden, NEIGHBOURS))
-    return (found.weights * (found.tokens == targets[:, None])).sum(1).log()
+    return torch.from_numpy((found.weights * (found.tokens == targets.numpy()[:, None])).sum(1)).log()
 
 
 def mixture(model: Tensor, memory: Tensor, share: float) -> Tensor:
@@ -234,9 +234,9 @@ def mix(arm: Arm, knn: KnnLm, store: TokenStore, hidden: Tensor, logprobs: Tenso
         knn.mix(h, x, [store] * len(h)) for h, x in zip(torch.split(hidden, 8), torch.split(logprobs, 8), strict=True)
     ]
     arm.cpu_s += time.process_time() - started
-    arm.add(torch.cat([s.logprobs for s in steps]), targets)
-    arm.lambdas += [s.lambdas for s in steps]
-    arm.searched += [s.searched for s in steps]
+    arm.add(torch.cat([s.on(x) for s, x in zip(steps, torch.split(logprobs, 8), strict=True)]), targets)
+    arm.lambdas += [torch.from_numpy(s.lambdas) for s in steps]
+    arm.searched += [torch.from_numpy(s.searched) for s in steps]
 
 
 def measure(
@@ -411,7 +411,7 @@ def run(reader: Reader, sizes: Sizes) -> tuple[list[harness.Goal], dict[str, Any
     for domain, other, target in zip(
         domains, reversed(domains), (">= 20", ">= 48" if commands else "reported"), strict=True
     ):
-        knns = {"all": KnnLm(gate), "unseen": KnnLm(unseen[domain.name])}
+        knns = {"all": KnnLm(gate.lambdas), "unseen": KnnLm(unseen[domain.name].lambdas)}
         arms = measure(domain.test, domain.memory, other.memory, domain.exact, knns, fixed[domain.name], reader)
         beside = retrieval(domain, knns["all"], reader, sizes.retrieved)
         goals += goals_of(domain.name, target, arms, beside)
@@ -422,7 +422,7 @@ def run(reader: Reader, sizes: Sizes) -> tuple[list[harness.Goal], dict[str, Any
         goals += [harness.Goal(f"{domain.name}: lines written exactly, {n}, %", 100 * x) for n, x in lines.items()]
         details[domain.name] = details_of(arms, beside, domain, breaks)
     for domain in domains:
-        gates = {"all": KnnLm(gate), "unseen": KnnLm(gate)}
+        gates = {"all": KnnLm(gate.lambdas), "unseen": KnnLm(gate.lambdas)}
         arms = measure(general[half:], domain.memory, domain.memory, None, gates, 0.25, reader)
         above = 100 * (arms["learned"].perplexity / arms["frozen"].perplexity - 1)
         goals.append(harness.Goal(f"general text: perplexity above frozen, memory of {domain.name}, %", above, "<= 2"))

@@ -20,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +38,14 @@ from torch import Tensor
 from gradatim.app import compose
 from gradatim.app.memory import build_memory
 from gradatim.config import Config, EngineConfig, MemoryConfig
+from gradatim.engine import scheduler
+from gradatim.engine.mixing import mixed_in
 from gradatim.memory.key_space import KeySpace, Turn, late_layer
 from gradatim.memory.knn_lm import NEIGHBOURS
 from gradatim.memory.token_store import TokenStore
 from gradatim.memory.tokens import TokenMemory
 from gradatim.nn.base import Base
 from gradatim.nn.states import states as states_of
-from gradatim.protocols import Recollection
 from gradatim.store import SqlStore
 from gradatim.types import AdapterId, Delta, EpisodeId, MemoryEntry, Request, Sampling, StepId
 
@@ -138,13 +139,33 @@ def resident_bytes() -> int:
 # ------------------------------------------------------------------------------------------------- each token
 
 
+@dataclass
+class Spent:
+    """By the engine that answers, in all that it does for a memory between the model's logits and the draw."""
+
+    memory_s: float = 0.0
+
+    def timed(self, mixed_in: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return mixed_in(*arguments)
+            finally:
+                self.memory_s += time.perf_counter() - started
+
+        return measured
+
+
+SPENT = Spent()
+scheduler.mixed_in = SPENT.timed(mixed_in)  # type: ignore[attr-defined]
+
+
 class Side:
     """An engine, with or without a memory of that size."""
 
     def __init__(self, base: Base, store: SqlStore, config: Config, size: int | None, text: Text) -> None:
         self.engine = compose.build_engine(config, base)
         self.kept = build_memory(config, store, base, self.engine)
-        self.memory_s = 0.0
         self.grown_bytes = self.filling_s = 0.0
         if size:
             tokens, memory = self.kept.tokens, self.kept.on
@@ -152,15 +173,6 @@ class Side:
             before, started = resident_bytes(), time.process_time()
             fill(tokens, memory.expect(AGENT, base.sha256), text, size)
             self.grown_bytes, self.filling_s = resident_bytes() - before, time.process_time() - started
-            self._mix = tokens.mix
-            tokens.mix = self._timed  # type: ignore[method-assign]
-
-    def _timed(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Tensor]:
-        started = time.perf_counter()
-        try:
-            return self._mix(recollections, states, logits)
-        finally:
-            self.memory_s += time.perf_counter() - started
 
     @property
     def store(self) -> TokenStore:
@@ -170,10 +182,10 @@ class Side:
 
     async def answer(self, prompts: tuple[str, ...], tokens: int) -> tuple[float, float]:
         """CPU milliseconds a token, and the share of it that memory takes of the rest."""
-        started, self.memory_s = time.process_time(), 0.0
+        started, SPENT.memory_s = time.process_time(), 0.0
         drawn = sum(await asyncio.gather(*(self._one(p, tokens) for p in prompts)))
         taken = time.process_time() - started
-        return 1000 * taken / drawn, self.memory_s / (taken - self.memory_s)
+        return 1000 * taken / drawn, SPENT.memory_s / (taken - SPENT.memory_s)
 
     async def _one(self, prompt: str, tokens: int) -> int:
         memory = self.kept.on

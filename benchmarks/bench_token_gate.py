@@ -157,7 +157,7 @@ def run(reader: Reader, space: KeySpace[EachToken], sizes: Parts) -> tuple[list[
     }
     names = [*unseen, GENERAL]
     gates: dict[str, dict[str, Lambdas]] = {
-        "near": dict.fromkeys(names, near_gate),
+        "near": dict.fromkeys(names, lambda x: torch.from_numpy(near_gate(x.numpy()))),
         "learned": dict.fromkeys(names, gate),
         "unseen": {name: unseen.get(name, gate) for name in names},
         "fixed": dict.fromkeys(names, lambda x: torch.full((len(x),), SMALL_STORE_CAP)),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from gradatim.types import (
     Adapter,
     AdapterId,
+    Blend,
     Case,
     CaseScore,
     Credit,
@@ -92,8 +93,8 @@ class TokenMixer(Protocol):
     """A memory of single tokens, which is part of the distribution that is drawn from. The engine's thread asks it
     before every draw, once for all rows that have a recollection."""
 
-    def mix(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Tensor]:
-        """Log-probabilities (V,) for those of the rows that it changes; all others keep their bits.
+    def mix(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Blend]:
+        """What it makes of those of the rows that it changes; all others keep their bits.
 
         ``states`` (M, H): what went into the layer that the engine was told to look at, where the next tokens are
         predicted; ``logits`` (M, V) are the model's own, and are not written to.

@@ -16,6 +16,9 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, NewType
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from gradatim.protocols import Reading, Recollection
 
 EpisodeId = NewType("EpisodeId", str)
@@ -64,6 +67,20 @@ class Token:
     top: tuple[tuple[int, str, float], ...] = ()  # the most likely ones: (id, text, logprob)
     drawn_logprob: float | None = None  # under what memory made of that distribution; None: memory had no part in it
     model_logprob: float | None = None  # under the model alone, where that is another one than ``logprob``
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """What a memory of tokens makes of the distribution of one next token: the model's own times ``exp(kept)``, but for
+    a few tokens, whose log-probabilities grow by ``nats`` besides."""
+
+    tokens: NDArray[np.int64]  # (n,) each once
+    nats: NDArray[np.float32]  # (n,)
+    kept: float  # the logarithm of the model's part
+
+    def own(self, token: int, logprob: float) -> float:
+        """The log-probability under the model alone of a token that has this one in the blend."""
+        return logprob - self.kept - float(self.nats[self.tokens == token].sum())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -315,7 +332,7 @@ class Adapter:
 class Decision(StrEnum):
     PASS = "pass"
     FAIL = "fail"
-    REPAIR = "repair"  # too much harm: the same change, made smaller, is judged in its place, where outcomes bear it out
+    REPAIR = "repair"  # too much harm: where outcomes bear it out, the same change, made smaller, is judged instead
     WAIT = "wait"  # not enough evidence yet: it stays where it is
 
 

@@ -48,7 +48,7 @@ class Twin:
 
     def __init__(self, hot_rows: int, codec: Codec | None = None) -> None:
         self.codec = codec or halves(WIDTH)
-        self.index = KeyIndex(WIDTH, self.codec, hot_rows=hot_rows, probes=1000)  # approximates nothing
+        self.index = KeyIndex(WIDTH, self.codec, hot_rows=hot_rows, scanned_rows=10**6)  # approximates nothing
         self.keys: Floats = np.zeros((0, WIDTH), np.float32)
         self.owners: list[str] = []  # of each row; empty for one that was removed
 
@@ -78,7 +78,7 @@ class Twin:
 
     def reload(self) -> None:
         held = self.index.held()
-        self.index = KeyIndex(WIDTH, self.codec, hot_rows=16, probes=1000)
+        self.index = KeyIndex(WIDTH, self.codec, hot_rows=16, scanned_rows=10**6)
         self.index.fill(held.segments, held.codes, held.spans)
 
     def compact(self) -> None:
@@ -207,6 +207,19 @@ def test_keys_of_another_width_are_refused() -> None:
         KeyIndex(WIDTH).add("x", unit(2, 0, 9))
 
 
+@pytest.mark.parametrize("codec", [halves(64), nibbles(576)])
+def test_a_distance_is_the_same_to_the_bit_sealed_or_not(codec: Codec) -> None:
+    """Where a key lies must not decide between near ones."""
+    keys, queries = unit(300, 0, codec.width), unit(20, 1, codec.width)
+    hot, sealed = (KeyIndex(codec.width, codec, scanned_rows=10**6) for _ in range(2))
+    for index in (hot, sealed):
+        for at in range(0, 300, 30):
+            index.add(f"n{at}", keys[at : at + 30])
+    sealed.seal()
+    for got, want in zip(sealed.search(queries, 50), hot.search(queries, 50), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_removed_keys_leave_the_index_and_its_segments() -> None:
     index = KeyIndex(WIDTH, hot_rows=64)
     for seed, (name, count) in enumerate((("a", 10), ("gone", 10), ("b", 44))):
@@ -216,7 +229,7 @@ def test_removed_keys_leave_the_index_and_its_segments() -> None:
     index.add("hot", unit(3, 9))
     index.remove("gone")
     index.remove("hot")
-    assert not index._hot[:3].any()
+    assert (index._hot_codes()[:3] == index.codec.far).all()
     (segment,) = index.held().segments
     rows, codes = segment.held()
     assert (codes[(rows >= 10) & (rows < 20)] == index.codec.far).all()

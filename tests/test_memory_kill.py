@@ -123,7 +123,7 @@ def found_in(store: SqlStore, memory: DecisionMemory) -> Book:
 
 def opened(store: SqlStore, folder: Path) -> tuple[DecisionMemory, TokenMemory]:
     folders = TokenFolders(folder)
-    knn = KnnLm(open_gate(), k=4)
+    knn = KnnLm(open_gate().lambdas, k=4)
     tokens = TokenMemory(space(), knn, vocabulary=VOCABULARY, max_tokens=100_000, folders=folders, hot_rows=16)
     turns = KeySpace(SHA, space().tokenizer_sha256, (1,), Turn())
     memory = DecisionMemory(

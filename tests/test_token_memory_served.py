@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from gradatim.app import compose
@@ -23,7 +22,7 @@ from gradatim.memory.knn_lm import LEAST_LAMBDA, SMALL_STORE_CAP
 from gradatim.memory.public_space import public_space
 from gradatim.nn.base import Base
 from gradatim.nn.states import states_and_logprobs
-from gradatim.types import Step
+from gradatim.types import Blend, Step
 from tests.test_memory_served import SETTLE_S, Product, product, settings, text
 
 K = 4
@@ -206,7 +205,7 @@ async def test_both_memories_at_once(tiny_model_dir: Path, tiny_base: Base, tmp_
 
 
 class Broken:
-    def mix(self, *_: Any) -> Mapping[int, torch.Tensor]:
+    def mix(self, *_: Any) -> Mapping[int, Blend]:
         raise RuntimeError("a test")
 
 

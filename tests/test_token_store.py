@@ -51,10 +51,10 @@ def test_any_order_of_changes_equals_a_store_that_never_held_the_rest(changes: l
     ):
         fresh.add(source, hidden, tokens)
     assert store.sources == fresh.sources and len(store) == len(fresh)
-    queries, logprobs, knn = drawn(4, WIDTH, seed=500), model_says(4), KnnLm(open_gate(), k=6)
-    got, want = (knn.mix(queries, logprobs, [s] * 4).logprobs for s in (store, fresh))
+    queries, logprobs, knn = drawn(4, WIDTH, seed=500), model_says(4), KnnLm(open_gate().lambdas, k=6)
+    got, want = (knn.mix(queries, logprobs, [s] * 4).on(logprobs) for s in (store, fresh))
     assert torch.equal(got, want)
-    again = knn.mix(queries, logprobs, [store.compacted()] * 4).logprobs
+    again = knn.mix(queries, logprobs, [store.compacted()] * 4).on(logprobs)
     assert torch.equal(again, want)
 
 
@@ -87,8 +87,8 @@ def test_the_layer_is_the_measured_one() -> None:
 
 
 def same_answers(a: TokenStore, b: TokenStore) -> None:
-    queries, logprobs, knn = drawn(5, WIDTH, seed=500), model_says(5), KnnLm(open_gate(), k=6)
-    got, want = (knn.mix(queries, logprobs, [s] * 5).logprobs for s in (a, b))
+    queries, logprobs, knn = drawn(5, WIDTH, seed=500), model_says(5), KnnLm(open_gate().lambdas, k=6)
+    got, want = (knn.mix(queries, logprobs, [s] * 5).on(logprobs) for s in (a, b))
     assert torch.equal(got, want)
     assert a.sources == b.sources and len(a) == len(b)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -69,7 +70,7 @@ class Memories:
         self.folders = TokenFolders(folder / "tokens")
         self.tokens = TokenMemory(
             space(),
-            KnnLm(open_gate(4.0), k=4),
+            KnnLm(open_gate(4.0).lambdas, k=4),
             vocabulary=VOCABULARY,
             folders=self.folders,
             **{"max_tokens": 99, **fields},
@@ -116,7 +117,10 @@ class Memories:
         """The log-probabilities (V,) where that answer's token ``at`` is predicted; those of a flat model if closed."""
         recall: Recollection = self.memory.recollect(user, BASE, SHA)
         found = self.tokens.mix([recall], states_of(name, at + 1)[-1:], torch.zeros(1, VOCABULARY))
-        return found.get(0, torch.zeros(VOCABULARY).log_softmax(-1))
+        logits = torch.zeros(VOCABULARY)
+        for blend in found.values():
+            logits[torch.from_numpy(blend.tokens)] += torch.from_numpy(blend.nats)
+        return logits.log_softmax(-1)
 
 
 @pytest.fixture
@@ -339,8 +343,8 @@ def test_in_any_order_it_is_as_if_only_what_is_left_had_ever_been_said(ops: list
 
 
 def test_the_gate_without_training_is_shut_at_the_distances_of_unlike_text() -> None:
-    features = torch.zeros(4, 10)
-    features[:, 0] = torch.tensor([1e-4, 0.05, 0.6, 2.0]).log()
+    features = np.zeros((4, 10), np.float32)
+    features[:, 0] = np.log([1e-4, 0.05, 0.6, 2.0])
     features[:, 3] = 1.0
     lambdas = near_gate(features).tolist()
     assert lambdas[0] > 0.9 and 0.5 < lambdas[1] < 0.6 and lambdas[2] < 0.005 > lambdas[3]

@@ -247,9 +247,9 @@ def _token_memory(config: Config, base: Base, tokenizer_sha256: str) -> TokenMem
     if layer is None:
         return None
     found = shipped(base.sha256, tokenizer_sha256, layer)
-    space, gate = found or (public_space(base, layer, Path(config.data_dir) / "memory"), near_gate)
-    if (settings.neighbours, settings.temperature) != (NEIGHBOURS, TEMPERATURE):
-        gate = near_gate  # the other one was trained with these
+    space = found[0] if found else public_space(base, layer, Path(config.data_dir) / "memory")
+    trained_with = (settings.neighbours, settings.temperature) == (NEIGHBOURS, TEMPERATURE)
+    gate = found[1].lambdas if found and trained_with else near_gate
     knn = KnnLm(gate, k=settings.neighbours, sure=settings.sure, temperature=settings.temperature)
     vocabulary = base.model.config.get_text_config().vocab_size
     return TokenMemory(space, knn, vocabulary=vocabulary, max_tokens=settings.max_tokens, folders=token_folders(config))

@@ -6,37 +6,42 @@ that draw, N tokens of the forward pass, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gradatim.engine.generation import Generation
 from gradatim.protocols import TokenMixer
+from gradatim.types import Blend
 
 
 def mixed_in(
     memory: TokenMixer, generations: Sequence[Generation], states: Tensor, ends: Sequence[int], logits: Tensor
-) -> tuple[Tensor, frozenset[int]]:
-    """Logits (M, V) to draw from, and which of the rows are not the model's own: those hold log-probabilities. Where
-    none is, the very tensor comes back.
+) -> tuple[Tensor, Mapping[int, Blend]]:
+    """Logits (M, V) to draw from, and what was made of those of the rows that are not the model's own. Where none is,
+    the very tensor comes back.
 
     ``generations`` (M,) are of the rows; row m is predicted at ``states[ends[m]]`` (N, H).
     """
-    asking = [(i, g.recollection) for i, g in enumerate(generations) if g.recollection is not None]
+    asking = [i for i, g in enumerate(generations) if g.recollection is not None]
     if not asking:
-        return logits, frozenset()
-    rows = torch.tensor([i for i, _ in asking], device=logits.device)
-    at = torch.tensor([ends[i] for i, _ in asking], device=states.device)
+        return logits, {}
+    at = torch.tensor([ends[i] for i in asking], device=states.device)
+    rows = logits if len(asking) == len(logits) else logits[torch.tensor(asking, device=logits.device)]
     try:
-        found = memory.mix([recollection for _, recollection in asking], states[at], logits[rows])
+        found = memory.mix([r for g in generations if (r := g.recollection) is not None], states[at], rows)
     except Exception:  # noqa: BLE001 - the boundary to the memory: an answer without it is better than none
         for generation in {id(g): g for g in generations if g.recollection is not None}.values():
             generation.forget()
-        return logits, frozenset()
-    if not found:
-        return logits, frozenset()
-    out = logits.clone()
-    for k, logprobs in found.items():
-        out[asking[k][0]] = logprobs
-    return out, frozenset(asking[k][0] for k in found)
+        return logits, {}
+    blends = {asking[k]: blend for k, blend in found.items()}
+    return (_shifted(logits, blends) if blends else logits), blends
+
+
+def _shifted(logits: Tensor, blends: Mapping[int, Blend]) -> Tensor:
+    rows = np.repeat(list(blends), [len(b.tokens) for b in blends.values()])
+    at, nats = (np.concatenate([getattr(b, name) for b in blends.values()]) for name in ("tokens", "nats"))
+    where = (torch.from_numpy(rows).to(logits.device), torch.from_numpy(at).to(logits.device))
+    return logits.index_put(where, torch.from_numpy(nats).to(logits.device, logits.dtype), accumulate=True)

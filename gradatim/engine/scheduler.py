@@ -31,7 +31,7 @@ from gradatim.engine.sessions import FarRows, is_gone
 from gradatim.errors import EngineError, OverloadedError, SessionError
 from gradatim.nn.render import Renderer
 from gradatim.protocols import TokenMixer
-from gradatim.types import Started
+from gradatim.types import Blend, Started
 
 logger = logging.getLogger(__name__)
 
@@ -293,11 +293,12 @@ class Scheduler:
 
     def _draw(self, drawing: Sequence[Row], ends: Sequence[int], own: Tensor) -> None:
         """A token for each row; ``own`` (M, V) are the model's logits."""
-        logits, changed = own, frozenset[int]()
+        logits = own
+        blends: Mapping[int, Blend] = {}
         states = self._runner.token_states()
         if self.token_memory is not None and states is not None:
             asked = {row.generation for row in drawing if row.generation.recollection is not None}
-            logits, changed = mixed_in(self.token_memory, [row.generation for row in drawing], states, ends, own)
+            logits, blends = mixed_in(self.token_memory, [row.generation for row in drawing], states, ends, own)
             self._counts["memory_failed"] += sum(generation.memory_failed for generation in asked)
         self._remember(drawing, logits)
         drawn = draw(logits, [row.choice.draws for row in drawing])
@@ -307,7 +308,7 @@ class Scheduler:
             if token is None:
                 self._fail_not_finite(row.generation)
                 continue
-            delta = row.choice.take(token, float(own[i, token.id] - own[i].logsumexp(-1)) if i in changed else None)
+            delta = row.choice.take(token, blends[i].own(token.id, token.logprob) if i in blends else None)
             self._counts["generated_tokens"] += 1
             self._outbox.put(row.generation, delta)
             if delta.finish_reason:

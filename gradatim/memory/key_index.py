@@ -26,7 +26,7 @@ from gradatim.memory.codec import Codec, Codes, Floats, flat_codes, halves
 from gradatim.memory.segments import Rows, Segment, built
 
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
-PROBES = 16  # inverted lists looked at in a segment
+SCANNED_ROWS = 3_000  # of each segment, about, that a search looks at
 _TIES = 8  # rows looked for beyond K, so that of equally near ones the oldest are taken
 _FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
@@ -49,10 +49,12 @@ class KeyIndex:
 
     ``codec`` is how keys are kept: in half precision if it is not given."""
 
-    def __init__(self, width: int, codec: Codec | None = None, *, hot_rows: int = HOT_ROWS, probes: int = PROBES):
+    def __init__(
+        self, width: int, codec: Codec | None = None, *, hot_rows: int = HOT_ROWS, scanned_rows: int = SCANNED_ROWS
+    ):
         self.width = width
         self.codec = codec or halves(width)
-        self._hot_rows, self._probes = hot_rows, probes
+        self._hot_rows, self._scanned_rows = hot_rows, scanned_rows
         self._lock = threading.RLock()  # of everything below
         self._building = threading.RLock()  # what is in a segment changes by one thread at a time; taken first
         self._hot = self.codec.flat()  # the unsealed rows
@@ -104,7 +106,7 @@ class KeyIndex:
     @property
     def size_bytes(self) -> int:
         """Memory that its rows take, without their names."""
-        return sum(s.size_bytes for s in self._segments) + self._hot.codes.size() + self._alive.nbytes
+        return sum(s.size_bytes for s in self._segments) + int(self._hot.codes.size()) + self._alive.nbytes
 
     # ------------------------------------------------------------------------------------------ changes
 
@@ -174,7 +176,7 @@ class KeyIndex:
         """An index of the same keys that never held what was removed; ``held`` is of this one, which stays ``still``.
         What this one is told in the meantime is not in it: see ``stands_for``. May take seconds."""
         at = np.concatenate([[0], np.cumsum(held.alive)])  # the new number of each row
-        out = KeyIndex(self.width, self.codec, hot_rows=self._hot_rows, probes=self._probes)
+        out = KeyIndex(self.width, self.codec, hot_rows=self._hot_rows, scanned_rows=self._scanned_rows)
         segments = []
         for segment in held.segments:
             start, end = int(at[segment.start]), int(at[segment.end])
@@ -280,7 +282,7 @@ class KeyIndex:
         had the rest is inf and -1. ``queries`` (B, D), finite."""
         seen, count = np.ascontiguousarray(self.codec.seen(queries), np.float32), k + _TIES
         with self._lock:
-            parts = [s.search(seen, count, self._probes) for s in self._segments]
+            parts = [s.search(seen, count, self._scanned_rows) for s in self._segments]
             if self._hot.ntotal:
                 distances, rows = self._hot.search(seen, count)
                 parts.append((distances, np.where(rows < 0, rows, rows + self.sealed)))
@@ -290,7 +292,8 @@ class KeyIndex:
             gone = (rows < 0) | ~self._alive[rows]
         distances[gone], rows[gone] = np.inf, -1
         order = np.lexsort((rows, distances), 1)[:, :k]
-        return np.take_along_axis(distances, order, 1), np.take_along_axis(rows, order, 1)
+        of = np.arange(len(seen))[:, None]
+        return distances[of, order], rows[of, order]
 
     # ---------------------------------------------------------------------------------------- segments
 
@@ -330,4 +333,3 @@ def _grown(array: Any, capacity: int) -> Any:
     out = np.zeros((capacity, *array.shape[1:]), array.dtype)
     out[: len(array)] = array
     return out
-

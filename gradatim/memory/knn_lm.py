@@ -4,7 +4,7 @@
 
 with lambda learned per token, no search where the model is sure, and each row of a batch on the store of its own
 tenant. The model's own distribution is left as it came: the learner trains on that one. It knows no requests and no
-engine: states and log-probabilities in, log-probabilities out.
+engine: states and logits in, what to add to them out.
 
 Shapes: B rows, D size of the hidden state, V vocabulary, K neighbours.
 """
@@ -12,31 +12,61 @@ Shapes: B rows, D size of the hidden state, V vocabulary, K neighbours.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from gradatim.memory.knn_gate import TEMPERATURE, Cases, Recalled, features, recalled
+from gradatim.memory.knn_gate import FEATURES, TEMPERATURE, Cases, Floats, Own, Recalled, features, recalled
 from gradatim.memory.token_store import Neighbours, TokenStore
+from gradatim.types import Blend
 
 NEIGHBOURS = 32
 SURE = 0.9  # a likeliest token above it is not looked up
-LEAST_LAMBDA = 0.005  # below it the model's own row is given, bit for bit
+LEAST_LAMBDA = 0.005  # below it the model's own row is left as it is
 SMALL_STORE = 5_000  # entries
 SMALL_STORE_CAP = 0.25  # of lambda, up to there
+_LEAST_LOGIT = -1e4  # stands for -inf, which times 0 is no number
+
+Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Mixed:
-    """One decoding step. A row that was not mixed has the very bits of the model's row."""
+    """One decoding step: eq. 3 as nats to add to the logits of a few tokens, which normalised again are the mixture.
 
-    logprobs: Tensor  # (B, V)
-    lambdas: Tensor  # (B,) 0 where nothing was mixed in
-    searched: Tensor  # (B,) bool
-    rows: Tensor  # (B, K) of the row's own store, -1 where there is none: what lent a hand
-    weights: Tensor  # (B, K) of those, in the memory's part
+    p(y) = (1 - lambda) p_LM(y) (1 + lambda p_kNN(y) / ((1 - lambda) p_LM(y))), of which the first factor is the same
+    for all.
+    """
+
+    searched: NDArray[np.bool_]  # (B,)
+    lambdas: Floats  # (B,) 0 where nothing was mixed in
+    tokens: Rows  # (B, K) what the neighbours say, -1 where there is none
+    nats: Floats  # (B, K) for those, once for each token; 0 where nothing was mixed in
+    rows: Rows  # (B, K) of the row's own store, -1 where there is none: what lent a hand
+    weights: Floats  # (B, K) of those, in the memory's part
+
+    def blends(self) -> Mapping[int, Blend]:
+        """Of the rows that were mixed."""
+        out = {}
+        for row in self.lambdas.nonzero()[0].tolist():
+            some = self.nats[row] > 0.0
+            out[row] = Blend(self.tokens[row, some], self.nats[row, some], math.log1p(-float(self.lambdas[row])))
+        return out
+
+    def on(self, logprobs: Tensor) -> Tensor:
+        """The log-probabilities (B, V) of the mixture, of the model's own, which are normalised. A row that was not
+        mixed keeps its bits; where none was, the very tensor is given back."""
+        out = logprobs
+        for row, blend in self.blends().items():
+            out = out.clone() if out is logprobs else out
+            out[row] += blend.kept
+            out[row, torch.from_numpy(blend.tokens)] += torch.from_numpy(blend.nats)
+        return out
 
 
 class KnnLm:
@@ -44,7 +74,7 @@ class KnnLm:
 
     def __init__(
         self,
-        gate: Callable[[Tensor], Tensor],
+        gate: Callable[[Floats], Floats],
         *,
         k: int = NEIGHBOURS,
         sure: float = SURE,
@@ -52,110 +82,107 @@ class KnnLm:
     ) -> None:
         self.k = k
         self._gate = gate
-        self._log_sure = math.log(sure)
+        self._sure = sure
         self._temperature = temperature
 
     @torch.no_grad()
-    def mix(self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None]) -> Mixed:
-        """hidden (B, D) of the stores' layer and logprobs (B, V) at the same positions; a store or None for each row.
-
-        Log-probabilities are natural and normalised; ``logprobs`` is not written to, and is what is given back where
-        no row was mixed.
-        """
-        count = len(logprobs)
-        lambdas, rows = torch.zeros(count), torch.full((count, self.k), -1)
-        weights = torch.zeros(count, self.k)
-        searched = self._worth_it(hidden, logprobs, stores)
-        out = logprobs
-        for wanted, found, said, mine in self._asked(hidden, logprobs, stores, searched):
-            lambdas[wanted], rows[wanted], weights[wanted] = mine, torch.from_numpy(found.rows), said.weights
-            open_ = mine > 0
-            if bool(open_.any()):
-                out = out.clone() if out is logprobs else out
-                at = wanted[open_]
-                out[at] = _mixture(logprobs[at], mine[open_], Recalled(said.tokens[open_], said.weights[open_]))
-        return Mixed(out, lambdas, searched, rows, weights)
-
-    @torch.no_grad()
-    def shifts(
-        self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None]
-    ) -> list[Mapping[int, float]]:
-        """The same mixture as nats to add to the log-probabilities of a few tokens of each row: normalised again, they
-        are ``mix``. Tokens that the model cannot say (-inf) stay so.
-
-        From eq. 3, p(y) = (1 - lambda) p_LM(y) (1 + lambda p_kNN(y) / ((1 - lambda) p_LM(y))), of which the first
-        factor is the same for all.
-        """
-        out: list[Mapping[int, float]] = [{} for _ in stores]
-        searched = self._worth_it(hidden, logprobs, stores)
-        for wanted, _, said, mine in self._asked(hidden, logprobs, stores, searched):
-            own = logprobs[wanted].gather(1, said.tokens.clamp_min(0).to(logprobs.device)).double().cpu()
-            odds = (mine.double().log() - torch.log1p(-mine.double()))[:, None] + _mass(said).double().log()
-            added = torch.log1p((odds - own).exp())  # (B, K)
-            usable = (said.tokens >= 0) & own.isfinite() & (mine > 0)[:, None]
-            for row, tokens, nats, use in zip(wanted.tolist(), said.tokens, added, usable, strict=True):
-                out[row] = dict(zip(tokens[use].tolist(), nats[use].tolist(), strict=True))
+    def mix(self, hidden: Tensor, logits: Tensor, stores: Sequence[TokenStore | None]) -> Mixed:
+        """hidden (B, D) of the stores' layer and logits (B, V), normalised or not, at the same positions; a store or
+        None for each row. Where neighbours say what the model cannot (-inf) nothing is mixed in."""
+        count = len(logits)
+        out = Mixed(
+            np.zeros(count, np.bool_),
+            np.zeros(count, np.float32),
+            np.full((count, self.k), -1),
+            np.zeros((count, self.k), np.float32),
+            np.full((count, self.k), -1),
+            np.zeros((count, self.k), np.float32),
+        )
+        seen = self._look(hidden, logits, stores)
+        if seen is None:
+            return out
+        at, said, own = seen.at, seen.said, seen.own
+        lambdas = self._gate(seen.features)
+        lambdas = np.where(seen.entries < SMALL_STORE, np.minimum(lambdas, SMALL_STORE_CAP), lambdas)
+        sayable = (np.isfinite(own.said) | (said.tokens < 0)).all(1)
+        lambdas = np.where((said.weights[:, 0] > 0.0) & (lambdas >= LEAST_LAMBDA) & sayable, lambdas, 0.0)
+        out.searched[at], out.lambdas[at], out.tokens[at] = said.tokens[:, 0] >= 0, lambdas, said.tokens
+        out.nats[at] = _nats(lambdas.astype(np.float64), said, own)
+        out.rows[at], out.weights[at] = seen.found.rows, said.weights
         return out
 
-    def _asked(
-        self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None], searched: Tensor
-    ) -> Iterator[tuple[Tensor, Neighbours, Recalled, Tensor]]:
-        """Per store: the rows (n,) that are on it, what was found, what that says, and lambdas (n,)."""
-        for store, wanted in _by_store(stores, searched):
-            found = store.search(hidden[wanted], self.k)
-            said = recalled(found, self._temperature)
-            yield wanted, found, said, self._lambdas(found, said, logprobs[wanted].float().cpu(), len(store))
-
-    def _worth_it(self, hidden: Tensor, logprobs: Tensor, stores: Sequence[TokenStore | None]) -> Tensor:
-        unsure = (logprobs.amax(1) < self._log_sure) & hidden.isfinite().all(1)  # NaN is never less
-        has = torch.tensor([bool(s) for s in stores], dtype=torch.bool)
-        return unsure.cpu() & has
-
-    def _lambdas(self, found: Neighbours, said: Recalled, logprobs: Tensor, entries: int) -> Tensor:
-        seen = features(found, said, logprobs, torch.full((len(logprobs),), entries))
-        lambdas = self._gate(seen)
-        if entries < SMALL_STORE:
-            lambdas = lambdas.clamp_max(SMALL_STORE_CAP)
-        some = said.weights.sum(1) > 0
-        return torch.where(some & (lambdas >= LEAST_LAMBDA), lambdas, 0.0)
+    def _look(self, hidden: Tensor, logits: Tensor, stores: Sequence[TokenStore | None]) -> _Seen | None:
+        """All that is known of the rows that are worth a search; None where none is."""
+        p = logits.softmax(-1)  # (B, V)
+        likeliest = p.amax(-1)  # of which NaN is never less than anything
+        unsure = (likeliest < self._sure).tolist()
+        groups = _by_store([store if wanted else None for store, wanted in zip(stores, unsure, strict=True)])
+        if not groups:
+            return None
+        at = [row for _, rows in groups for row in rows]
+        found = _joined([store.search(hidden[rows], self.k) for store, rows in groups])
+        entries = np.array([len(store) for store, rows in groups for _ in rows])
+        said = recalled(found, self._temperature)
+        total = logits.amax(-1) - likeliest.log()  # (B,) the logarithm of the sum
+        entropy = total - _expected(p, logits)
+        known = torch.stack([total, entropy, likeliest.log()]).float().cpu().numpy()[:, at]  # (3, n)
+        tokens = torch.from_numpy(np.maximum(said.tokens, 0)).to(logits.device)
+        theirs = logits[torch.tensor(at, device=logits.device)[:, None], tokens].float().cpu().numpy()  # (n, K)
+        return _Seen(at, found, said, Own(known[1], known[2], theirs - known[0][:, None]), entries)
 
     @torch.no_grad()
-    def cases(self, hidden: Tensor, logprobs: Tensor, targets: Tensor, store: TokenStore) -> Cases:
+    def cases(self, hidden: Tensor, logits: Tensor, targets: Tensor, store: TokenStore) -> Cases:
         """What a gate learns from: tokens ``targets`` (N,) of a text, of which the store must not hold this passage.
         Those at which the model is sure are left out."""
-        wanted = self._worth_it(hidden, logprobs, [store] * len(targets)).nonzero()[:, 0]
-        found = store.search(hidden[wanted], self.k)
-        said = recalled(found, self._temperature)
-        own, targets = logprobs[wanted].float().cpu(), targets[wanted].cpu()[:, None]
-        memory = (said.weights * (said.tokens == targets)).sum(1).log()
-        seen = features(found, said, own, torch.full((len(wanted),), len(store)))
-        return Cases(seen, own.gather(1, targets)[:, 0], memory)
+        seen = self._look(hidden, logits, [store] * len(targets))
+        if seen is None:
+            return Cases(torch.zeros(0, FEATURES), torch.zeros(0), torch.zeros(0))
+        at, said = torch.tensor(seen.at), seen.said
+        came = targets.cpu()[at]
+        model = logits[at.to(logits.device)].float().cpu().log_softmax(-1).gather(1, came[:, None])[:, 0]
+        memory = torch.from_numpy((said.weights * (said.tokens == came.numpy()[:, None])).sum(1)).log()
+        return Cases(torch.from_numpy(seen.features), model, memory)
 
 
-def _by_store(stores: Sequence[TokenStore | None], searched: Tensor) -> list[tuple[TokenStore, Tensor]]:
-    """Each store once, with the rows (n,) that are on it."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _Seen:
+    """n rows of a batch that were searched for."""
+
+    at: list[int]  # (n,) which ones
+    found: Neighbours
+    said: Recalled
+    own: Own
+    entries: NDArray[Any]  # (n,) of the store that each is on
+
+    @property
+    def features(self) -> Floats:
+        return features(self.found, self.said, self.own, self.entries)
+
+
+def _by_store(stores: Sequence[TokenStore | None]) -> list[tuple[TokenStore, list[int]]]:
+    """Each store once, with the rows that are on it; an empty one is none."""
     groups: dict[int, tuple[TokenStore, list[int]]] = {}
-    for row, (store, wanted) in enumerate(zip(stores, searched.tolist(), strict=True)):
-        if wanted and store is not None:
+    for row, store in enumerate(stores):
+        if store:
             groups.setdefault(id(store), (store, []))[1].append(row)
-    return [(store, torch.tensor(rows)) for store, rows in groups.values()]
+    return list(groups.values())
 
 
-def _mixture(logprobs: Tensor, lambdas: Tensor, said: Recalled) -> Tensor:
-    """Eq. 3 on (B, V) rows; lambdas (B,) in (0, 1). Tokens that no neighbour says only lose log(1 - lambda)."""
-    lambdas = lambdas.to(logprobs.device, logprobs.dtype)
-    tokens, weights = said.tokens.to(logprobs.device), said.weights.to(logprobs.device, logprobs.dtype)
-    mass = _mass(Recalled(tokens, weights))
-    kept = torch.log1p(-lambdas)[:, None]
-    out = logprobs + kept
-    at = tokens.clamp_min(0)
-    both = torch.logaddexp(out.gather(1, at), lambdas.log()[:, None] + mass.log())
-    absent = tokens < 0  # stands for token 0, which must keep its value
-    out.scatter_(1, torch.where(absent, tokens[:, :1], at), torch.where(absent, both[:, :1], both))
-    return out
+def _joined(parts: Sequence[Neighbours]) -> Neighbours:
+    if len(parts) == 1:
+        return parts[0]
+    return Neighbours(*(np.concatenate([getattr(p, name) for p in parts]) for name in ("distances", "tokens", "rows")))
 
 
-def _mass(said: Recalled) -> Tensor:
-    """(B, K) what all neighbours with the token of neighbour k weigh: the same for equal tokens."""
-    same = said.tokens[:, :, None] == said.tokens[:, None]  # (B, K, K)
-    return (same * said.weights[:, None]).sum(2)
+def _nats(lambdas: NDArray[np.float64], said: Recalled, own: Own) -> NDArray[np.float64]:
+    """(n, K) log(1 + lambda p_kNN / ((1 - lambda) p_LM)), of each token once."""
+    with np.errstate(divide="ignore", invalid="ignore"):  # rows that nothing is mixed into
+        odds = np.log(lambdas) - np.log1p(-lambdas)
+        added = np.logaddexp(0.0, odds[:, None] + np.log(said.mass) - own.said)
+    return np.where(said.first & (lambdas > 0.0)[:, None], added, 0.0)
+
+
+def _expected(p: Tensor, logits: Tensor) -> Tensor:
+    """(B,) sum over (B, V) of p times logits, where a token that cannot be said (-inf) counts for nothing."""
+    out = (p[:, None] @ logits[:, :, None]).flatten()
+    return out if bool(out.isfinite().all()) else (p[:, None] @ logits.clamp_min(_LEAST_LOGIT)[:, :, None]).flatten()

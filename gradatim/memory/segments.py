@@ -25,6 +25,7 @@ Rows: TypeAlias = NDArray[np.int64]
 _ROWS_OF_A_LIST = 39  # faiss asks for as many training points
 _LISTS_OF_ROOT = 2  # times the square root of n
 _MOST_TRAINING_ROWS = 100_000
+_LEAST_PROBES = 8  # lists that a search looks at, however long they are
 _AT_ONCE = 20_000  # rows that are decoded
 
 
@@ -55,9 +56,11 @@ class Segment:
         rows = len(self) * (self._codec.code_bytes + 8) + self._place.nbytes
         return rows + int(self.index.nlist) * (4 * self._codec.dims + self._ends.itemsize)
 
-    def search(self, queries: Floats, count: int, probes: int) -> tuple[Floats, Rows]:
-        """Squared distances (B, count), ascending, and rows (B, count), -1 where there are fewer. ``queries`` (B, E)."""
-        options = faiss.SearchParametersIVF(nprobe=probes)
+    def search(self, queries: Floats, count: int, scanned_rows: int) -> tuple[Floats, Rows]:
+        """Squared distances (B, count), ascending, and rows (B, count), -1 where there are fewer; of queries (B, E)."""
+        lists = int(self.index.nlist)
+        probes = max(_LEAST_PROBES, round(scanned_rows * lists / max(1, len(self))))
+        options = faiss.SearchParametersIVF(nprobe=min(probes, lists))
         found: tuple[Floats, Rows] = self.index.search(queries, count, params=options)
         return found
 

@@ -26,7 +26,7 @@ from gradatim.memory.recall import Recall
 from gradatim.memory.token_folders import TokenFolders
 from gradatim.memory.token_store import TokenStore
 from gradatim.protocols import Recollection
-from gradatim.types import MemoryEntry
+from gradatim.types import Blend, MemoryEntry
 
 log = logging.getLogger(__name__)
 _WRITE_EVERY_S = 30.0
@@ -74,31 +74,24 @@ class TokenMemory:
 
     # ------------------------------------------------------------------------------------------- drawing
 
-    def mix(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Tensor]:
+    def mix(self, recollections: Sequence[Recollection], states: Tensor, logits: Tensor) -> Mapping[int, Blend]:
         """See ``protocols.TokenMixer``."""
         recalls = [r if isinstance(r, Recall) else None for r in recollections]
         stores = [None if r is None else self._store(r.tenant, r.space.id) for r in recalls]
-        asking = [i for i, store in enumerate(stores) if store]  # one that is empty is none
         self._counts["drawn"] += sum(r is not None for r in recalls)
-        if not asking:
+        if not any(stores):  # one that is empty is none
             return {}
-        at = torch.tensor(asking, device=logits.device)
-        mixed = self._knn.mix(states[at.to(states.device)], logits[at].log_softmax(-1), [stores[i] for i in asking])
-        out: dict[int, Tensor] = {}
-        for k, (i, searched, share) in enumerate(
-            zip(asking, mixed.searched.tolist(), mixed.lambdas.tolist(), strict=True)
-        ):
-            recall = recalls[i]
-            assert recall is not None
-            recall.tokens.searched += searched
-            self._counts["searched"] += searched
-            if share > 0.0:
-                recall.tokens.mixed += 1
+        mixed = self._knn.mix(states, logits, stores)
+        blends = mixed.blends()
+        for recall, searched, share in zip(recalls, mixed.searched.tolist(), mixed.lambdas.tolist(), strict=True):
+            if recall is not None and searched:
+                recall.tokens.searched += 1
+                recall.tokens.mixed += share > 0.0
                 recall.tokens.lambdas += share
-                self._counts["mixed"] += 1
-                self._lambdas += share
-                out[i] = mixed.logprobs[k]
-        return out
+        self._counts["searched"] += int(mixed.searched.sum())
+        self._counts["mixed"] += len(blends)
+        self._lambdas += float(mixed.lambdas.sum())
+        return blends
 
     def _store(self, tenant: str, space: str) -> TokenStore | None:
         held = self._held.get((tenant, space))

@@ -3,8 +3,9 @@
     {"messages": [...], "answer": "click 3", "must": true, "skill": "login", "max_tokens": 32}
     {"messages": [...], "contains": ["42"], "matches": "^The", "lacks": ["sorry"]}
 
-Both adapters answer every case, greedily. A case that ``must`` pass and does not fails the candidate; harm by the replay
-gate's rule, skill by skill, against what the other adapter got right, has its step halved. Knows nothing of how answers are made.
+Both adapters answer every case, greedily. A case that ``must`` pass and does not fails the candidate; harm by the
+replay gate's rule, skill by skill, against what the other adapter got right, has its step halved. Knows nothing of how
+answers are made.
 """
 
 from __future__ import annotations
