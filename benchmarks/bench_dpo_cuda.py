@@ -35,7 +35,7 @@ BILLIONS = 1.5
 LAYERS, WIDTH, MLP_WIDTH, HEADS, KV_HEADS, VOCABULARY = 28, 1536, 8960, 12, 2, 151_936  # as Qwen2.5-1.5B's
 PASS_TOKENS = 16_384  # packed tokens in one of our passes: all pairs at once, as TRL's
 PAIRS = (4, 16)
-ROUNDS = 12
+WARM_UP, ROUNDS = 2, 12
 
 
 def random_base(tokenizer: Any, device: torch.device, *, quick: bool) -> Base:
@@ -91,12 +91,12 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 
 def alternate(sides: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, after two that do not count."""
+    """Seconds of each step, after some that do not count."""
     spent: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 2):
+    for number in range(WARM_UP + rounds):
         for name, step in sides.items():
             taken = wall_s(step)
-            if number > 1:
+            if number >= WARM_UP:
                 spent[name].append(taken)
     return spent
 
@@ -160,10 +160,12 @@ def main() -> None:
         assert args.quick or abs(weights - BILLIONS) < 0.1, weights
         ours = Ours(ours_base, pass_tokens=PASS_TOKENS)
         trl = TrlDpo(trl_base, Path(folder), at_once=max(PAIRS))
-        for count in PAIRS:
-            pairs = make_pairs(ids, count, SYSTEM_TOKENS, (162, 210), (48, 96))
-            print(f"{count} pairs: {(args.quick and 2) or ROUNDS} rounds of 4 sides", file=sys.stderr, flush=True)
-            found, told = compare(ours, trl, pairs, 2 if args.quick else ROUNDS)
+        rounds, counts = (1, (2,)) if args.quick else (ROUNDS, PAIRS)
+        for count in counts:
+            prompt, answer = ((10, 20), (4, 8)) if args.quick else ((162, 210), (48, 96))
+            pairs = make_pairs(ids, count, SYSTEM_TOKENS, prompt, answer)
+            print(f"{count} pairs: {rounds} rounds of 4 sides, after {WARM_UP}", file=sys.stderr, flush=True)
+            found, told = compare(ours, trl, pairs, rounds)
             goals += found
             details |= told
     harness.report("bench_dpo_cuda", goals, details, args)

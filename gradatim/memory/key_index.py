@@ -26,7 +26,7 @@ from gradatim.memory.codec import Codec, Codes, Floats, flat_codes, halves
 from gradatim.memory.segments import Rows, Segment, built
 
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
-SCANNED_ROWS = 3_000  # of each segment, about, that a search looks at
+SCANNED_ROWS = 2_000  # of each segment, about, that a search looks at
 _TIES = 8  # rows looked for beyond K, so that of equally near ones the oldest are taken
 _FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
@@ -62,7 +62,7 @@ class KeyIndex:
         self._rows = 0
         self._removed = 0
         self._segments: tuple[Segment, ...] = ()
-        self._spans: dict[str, list[range]] = {}  # rows of each name
+        self._spans: dict[str, tuple[range, ...]] = {}  # rows of each name
         self._starts: list[int] = []  # of all spans there ever were, ascending, and whose they were
         self._owners: list[str] = []
 
@@ -133,7 +133,7 @@ class KeyIndex:
         """From the next search on none of its rows is found, and their keys are gone. Which ones; a name that is not
         there has none."""
         with self._lock:
-            gone = self._spans.pop(name, [])
+            gone = list(self._spans.pop(name, ()))
             for rows in gone:
                 self._alive[rows.start : rows.stop] = False
                 self._removed += len(rows)
@@ -218,7 +218,7 @@ class KeyIndex:
         return range(start, end)
 
     def _own(self, name: str, rows: range) -> None:
-        self._spans.setdefault(name, []).append(rows)
+        self._spans[name] = (*self._spans.get(name, ()), rows)
         self._starts.append(rows.start)
         self._owners.append(name)
 
@@ -232,7 +232,8 @@ class KeyIndex:
     def spans(self) -> dict[str, list[tuple[int, int]]]:
         """Rows [start, end) of each name."""
         with self._lock:
-            return {name: [(r.start, r.stop) for r in rows] for name, rows in self._spans.items()}
+            spans = self._spans.copy()
+        return _pairs(spans)
 
     def name_of(self, row: int) -> str | None:
         """Whose a row is; None where it was removed."""
@@ -265,7 +266,8 @@ class KeyIndex:
         """All of it, without what was removed. Its segments are this one's own: they are all there is for as long as it
         is ``still``."""
         with self._lock:
-            return Held(self._segments, self._hot_codes().copy(), self.alive(), self.spans())
+            segments, codes, alive, spans = self._segments, self._hot_codes().copy(), self.alive(), self._spans.copy()
+        return Held(segments, codes, alive, _pairs(spans))
 
     # ------------------------------------------------------------------------------------------ search
 
@@ -327,6 +329,10 @@ class KeyIndex:
         self._hot = self.codec.flat()
         if len(left):
             self._hot.add_sa_codes(left)
+
+
+def _pairs(spans: Mapping[str, Sequence[range]]) -> dict[str, list[tuple[int, int]]]:
+    return {name: [(r.start, r.stop) for r in rows] for name, rows in spans.items()}
 
 
 def _grown(array: Any, capacity: int) -> Any:

@@ -23,7 +23,7 @@ from gradatim.memory.codec import Codec, Codes, Floats
 Rows: TypeAlias = NDArray[np.int64]
 
 _ROWS_OF_A_LIST = 39  # faiss asks for as many training points
-_LISTS_OF_ROOT = 2  # times the square root of n
+_LISTS_OF_ROOT = 4  # times the square root of n, as far as there are rows to train them on
 _MOST_TRAINING_ROWS = 100_000
 _LEAST_PROBES = 8  # lists that a search looks at, however long they are
 _AT_ONCE = 20_000  # rows that are decoded
@@ -141,7 +141,7 @@ def sha256_of(path: Path) -> str:
 def built(start: int, end: int, codec: Codec, codes: Codes, rows: Rows) -> Segment:
     """A segment of what is left of its rows: their codes (n, code_bytes) and numbers (n,). Takes seconds for 10^5."""
     n = len(rows)
-    lists = max(1, min(int(_LISTS_OF_ROOT * np.sqrt(n)), n // _ROWS_OF_A_LIST))
+    lists = max(1, min(int(_LISTS_OF_ROOT * np.sqrt(n)), min(n, _MOST_TRAINING_ROWS) // _ROWS_OF_A_LIST))
     some = codes[:: max(1, -(-n // _MOST_TRAINING_ROWS))]
     index = codec.inverted(lists, codec.decode(some) if n else np.zeros((1, codec.dims), np.float32))
     of = np.concatenate([np.empty(0, np.int64), *(_lists_of(index, codec, part) for part in _parts(codes))])  # (n,)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from gradatim.memory.key_space import EachToken, KeySpace, made_with
 from gradatim.memory.segments import Segment
 
 TRUTH_FILE = "tokens.safetensors"
-_FORMAT = "3"
+_FORMAT = "4"
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 _Arrays = dict[str, NDArray[Any]]
 
@@ -49,6 +49,7 @@ def write(folder: Path, held: Snapshot) -> None:
     arrays: dict[str, NDArray[Any]] = {
         "codes": held.codes,
         "tokens": held.tokens,
+        "spans": _table(held.sources),
         "mean": space.pooling.mean,
         "scale": space.pooling.scale,
     }
@@ -58,7 +59,7 @@ def write(folder: Path, held: Snapshot) -> None:
         header = {
             "format": _FORMAT,
             "space": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers, space.adapter_sha256]),
-            "sources": json.dumps(held.sources),
+            "sources": json.dumps(list(held.sources)),
             "segments": json.dumps(named),
         }
         replace(folder / TRUTH_FILE, save(arrays, header | {"sha256": _digest(arrays, header)}))
@@ -96,7 +97,7 @@ def read(folder: Path, space: KeySpace[EachToken], codec: Codec) -> Snapshot:
         arrays, header = _read(path)
         base, tokenizer, layers, adapter = _space(header)
         theirs = KeySpace(base, tokenizer, layers, EachToken(arrays["mean"], arrays["scale"]), adapter)
-        sources = {s: [(a, b) for a, b in spans] for s, spans in json.loads(header["sources"]).items()}
+        sources = _sources(json.loads(header["sources"]), arrays["spans"])
         named = [(int(a), int(b), str(digest)) for a, b, digest in json.loads(header["segments"])]
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
@@ -104,6 +105,19 @@ def read(folder: Path, space: KeySpace[EachToken], codec: Codec) -> Snapshot:
         raise ForeignMemoryError(f"{path} was made in another key space: {theirs}, but this is {space}")
     found = tuple(Segment.read(a, b, codec, _segment_file(folder, digest), digest) for a, b, digest in named)
     return Snapshot(space, found, arrays["codes"], arrays["tokens"], sources)
+
+
+def _table(sources: Spans) -> NDArray[np.int64]:
+    """(S, 3): of each span the number of its source, start and end. JSON of them all would hold every other thread."""
+    rows = [(at, start, end) for at, spans in enumerate(sources.values()) for start, end in spans]
+    return np.array(rows, np.int64).reshape(-1, 3)
+
+
+def _sources(names: Sequence[str], table: NDArray[np.int64]) -> Spans:
+    out: dict[str, list[tuple[int, int]]] = {name: [] for name in names}
+    for at, start, end in table.tolist():
+        out[names[at]].append((start, end))
+    return out
 
 
 def about(folder: Path) -> tuple[Mapping[str, str], frozenset[str]]:

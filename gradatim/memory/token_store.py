@@ -127,7 +127,8 @@ class TokenStore:
         with self._index.still():
             with self._lock:
                 held = self._index.held()
-                left = self._tokens[: len(held.alive)][held.alive]
+                tokens = self._tokens[: len(held.alive)].copy()
+            left = tokens[held.alive]
             out._index = self._index.compacted(held)
         out._say(range(len(left)), left)
         return out
