@@ -184,5 +184,5 @@ def _nats(lambdas: NDArray[np.float64], said: Recalled, own: Own) -> NDArray[np.
 
 def _expected(p: Tensor, logits: Tensor) -> Tensor:
     """(B,) sum over (B, V) of p times logits, where a token that cannot be said (-inf) counts for nothing."""
-    out = (p[:, None] @ logits[:, :, None]).flatten()
-    return out if bool(out.isfinite().all()) else (p[:, None] @ logits.clamp_min(_LEAST_LOGIT)[:, :, None]).flatten()
+    out = torch.stack([row.dot(of) for row, of in zip(p, logits, strict=True)])
+    return out if bool(out.isfinite().all()) else (p * logits.clamp_min(_LEAST_LOGIT)).sum(1)
