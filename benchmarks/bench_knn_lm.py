@@ -230,11 +230,11 @@ class Arm:
 def mix(arm: Arm, knn: KnnLm, store: TokenStore, hidden: Tensor, logprobs: Tensor, targets: Tensor) -> None:
     """In steps of 8 rows, as a server decodes."""
     started = time.process_time()
-    steps = [
-        knn.mix(h, x, [store] * len(h)) for h, x in zip(torch.split(hidden, 8), torch.split(logprobs, 8), strict=True)
-    ]
+    rows = torch.split(logprobs, 8)
+    steps = [knn.mix(h, x, [store] * len(h)) for h, x in zip(torch.split(hidden, 8), rows, strict=True)]
+    mixed = [step.on(x) for step, x in zip(steps, rows, strict=True)]
     arm.cpu_s += time.process_time() - started
-    arm.add(torch.cat([s.on(x) for s, x in zip(steps, torch.split(logprobs, 8), strict=True)]), targets)
+    arm.add(torch.cat(mixed), targets)
     arm.lambdas += [torch.from_numpy(s.lambdas) for s in steps]
     arm.searched += [torch.from_numpy(s.searched) for s in steps]
 

@@ -14,16 +14,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gradatim.memory.codec import Floats
 from gradatim.memory.token_store import Neighbours
-
-Floats: TypeAlias = NDArray[np.float32]
 
 FEATURES = 10
 TEMPERATURE = 0.095  # of squared distances between vectors of length 1

@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradatim.memory.knn_gate import FEATURES, TEMPERATURE, Cases, Floats, Own, Recalled, features, recalled
+from gradatim.memory.codec import Floats
+from gradatim.memory.knn_gate import FEATURES, TEMPERATURE, Cases, Own, Recalled, features, recalled
+from gradatim.memory.segments import Rows
 from gradatim.memory.token_store import Neighbours, TokenStore
 from gradatim.types import Blend
 
@@ -31,8 +33,6 @@ LEAST_LAMBDA = 0.005  # below it the model's own row is left as it is
 SMALL_STORE = 5_000  # entries
 SMALL_STORE_CAP = 0.25  # of lambda, up to there
 _LEAST_LOGIT = -1e4  # stands for -inf, which times 0 is no number
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,9 +123,9 @@ class KnnLm:
         found = _joined([store.search(hidden[rows], self.k) for store, rows in groups])
         entries = np.array([len(store) for store, rows in groups for _ in rows])
         said = recalled(found, self._temperature)
-        total = logits.amax(-1) - likeliest.log()  # (B,) the logarithm of the sum
-        entropy = total - _expected(p, logits)
-        known = torch.stack([total, entropy, likeliest.log()]).float().cpu().numpy()[:, at]  # (3, n)
+        log_top = likeliest[at].log()  # (n,)
+        total = logits.amax(-1)[at] - log_top  # (n,) the logarithm of the sum
+        known = torch.stack([total, total - _expected(p, logits, at), log_top]).float().cpu().numpy()  # (3, n)
         tokens = torch.from_numpy(np.maximum(said.tokens, 0)).to(logits.device)
         theirs = logits[torch.tensor(at, device=logits.device)[:, None], tokens].float().cpu().numpy()  # (n, K)
         return _Seen(at, found, said, Own(known[1], known[2], theirs - known[0][:, None]), entries)
@@ -182,7 +182,7 @@ def _nats(lambdas: NDArray[np.float64], said: Recalled, own: Own) -> NDArray[np.
     return np.where(said.first & (lambdas > 0.0)[:, None], added, 0.0)
 
 
-def _expected(p: Tensor, logits: Tensor) -> Tensor:
-    """(B,) sum over (B, V) of p times logits, where a token that cannot be said (-inf) counts for nothing."""
-    out = torch.stack([row.dot(of) for row, of in zip(p, logits, strict=True)])
-    return out if bool(out.isfinite().all()) else (p * logits.clamp_min(_LEAST_LOGIT)).sum(1)
+def _expected(p: Tensor, logits: Tensor, at: Sequence[int]) -> Tensor:
+    """(n,) sums of p times logits (B, V), where a token that cannot be said (-inf) counts for nothing."""
+    out = torch.stack([p[row].dot(logits[row]) for row in at])
+    return out if bool(out.isfinite().all()) else (p[at] * logits[at].clamp_min(_LEAST_LOGIT)).sum(1)
