@@ -42,6 +42,7 @@ settle_s = 0.0
 decisions = true
 tokens = true
 harm = 1000000
+max_entries = 1000000
 """
 
 
