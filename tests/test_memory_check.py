@@ -81,7 +81,7 @@ async def test_of_another_tokenizer_too(tiny_base: Base, config: Config, monkeyp
 
 
 def file_of(config: Config, base: Base, layer: int) -> Path:
-    pooling = EachToken(torch.zeros(4).numpy(), torch.ones(4).numpy())
+    pooling = EachToken(torch.zeros(4).numpy(), torch.ones(4).numpy(), torch.eye(4).numpy())
     space = KeySpace(base.sha256, Renderer(base).digest(), (layer,), pooling)
     path = token_folders(config).path("somebody", space.id)
     TokenStore(space, 9).save(path)

@@ -63,7 +63,7 @@ def reference(base: Base, data: Path, good: Step, step: Step) -> tuple[list[floa
         return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True))
 
     states, _ = model_says(base, good, good.completion_ids)
-    codec = nibbles(states.shape[1])
+    codec = nibbles(pooling.axes)
     stored = codec.decode(codec.encode(keys(states).astype(np.float32))).astype(np.float64)
     states, own = model_says(base, step, step.completion_ids)
     mixed = own.copy()

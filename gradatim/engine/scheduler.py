@@ -291,14 +291,13 @@ class Scheduler:
             logits = logits[torch.tensor(pick, device=logits.device)]
         self._draw(drawing, ends, logits)
 
-    def _draw(self, drawing: Sequence[Row], ends: Sequence[int], own: Tensor) -> None:
-        """A token for each row; ``own`` (M, V) are the model's logits."""
-        logits = own
+    def _draw(self, drawing: Sequence[Row], ends: Sequence[int], logits: Tensor) -> None:
+        """A token for each row, of the model's logits (M, V) and what memories add to them."""
         blends: Mapping[int, Blend] = {}
         states = self._runner.token_states()
         if self.token_memory is not None and states is not None:
             asked = {row.generation for row in drawing if row.generation.recollection is not None}
-            logits, blends = mixed_in(self.token_memory, [row.generation for row in drawing], states, ends, own)
+            blends = mixed_in(self.token_memory, [row.generation for row in drawing], states, ends, logits)
             self._counts["memory_failed"] += sum(generation.memory_failed for generation in asked)
         self._remember(drawing, logits)
         drawn = draw(logits, [row.choice.draws for row in drawing])

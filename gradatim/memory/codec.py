@@ -1,9 +1,10 @@
 """How the keys of an index are kept: whole in half precision, or in four bits a number of somewhat fewer numbers.
 
 Neither is trained on anybody's data, so that a key is kept the same whatever is beside it, and encoding what was
-decoded changes nothing. In four bits a key is rotated at random first, which spreads it evenly over all numbers, so
-that one step size fits them all, and cut short by a ninth; squared distances stay what they are on average (Johnson and
-Lindenstrauss 1984), but for the hundredth that rounding adds to all of them. It knows no search.
+decoded changes nothing. For four bits a key is told along given axes, those along which public text varies most; the
+others are left out. Then it is rotated at random, which spreads it evenly over all numbers, so that one step size fits
+them all. Squared distances stay what they are but for what is left out and the hundredth that rounding adds to all of
+them. It knows no search.
 
 Shapes: n keys, B queries, D their width, E numbers that are kept of each.
 """
@@ -23,11 +24,10 @@ Codes: TypeAlias = NDArray[np.uint8]
 
 _LEVELS = 15  # of faiss's four bits: the sixteenth is beyond the range
 _RANGE = 2.6  # standard deviations on either side: the least rounding of normal numbers
-
 _FAR = -1e3  # four bits end before it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codec:
     """``halves`` or ``nibbles``."""
 
@@ -35,6 +35,7 @@ class Codec:
     dims: int  # E
     kind: int  # of faiss's scalar quantisers
     step: float = 0.0  # between two levels; 0 in half precision
+    rotation: Floats | None = None  # (D, E) orthogonal columns of length 1; None: keys are kept as they are
 
     @property
     def code_bytes(self) -> int:
@@ -42,7 +43,7 @@ class Codec:
 
     def seen(self, keys: Floats) -> Floats:
         """(n, D) -> (n, E), as they are compared with what is kept."""
-        return keys if self._rotation is None else keys @ self._rotation
+        return keys if self.rotation is None else keys @ self.rotation
 
     def encode(self, keys: Floats) -> Codes:
         """(n, D) -> (n, code_bytes)."""
@@ -59,28 +60,17 @@ class Codec:
         return out.reshape(len(codes), self.dims)
 
     def flat(self) -> Any:
-        """An index of such codes one behind the other, empty, with the distances that ``inverted`` computes, bit for
-        bit: faiss.IndexScalarQuantizer."""
+        """An index of such codes one behind the other, empty: faiss.IndexScalarQuantizer."""
         index = faiss.IndexScalarQuantizer(self.dims, self.kind, faiss.METRIC_L2)
         self._fix(index.sq)
         index.is_trained = True
         return index
 
-    def inverted(self, lists: int, some: Floats) -> Any:
-        """An inverted file of such codes, empty, its lists those of some keys (n, E): faiss.IndexIVFScalarQuantizer."""
-        coarse = faiss.IndexFlatL2(self.dims)
-        index = faiss.IndexIVFScalarQuantizer(coarse, self.dims, lists, self.kind, faiss.METRIC_L2, False)
-        coarse.this.disown()
-        index.own_fields = True
-        index.train(some)
-        self._fix(index.sq)
-        return index
-
     def fits(self, index: Any) -> bool:
-        """Whether an inverted file holds codes of this kind."""
+        """Whether an index holds codes of this kind as ``flat`` does."""
         return (
-            isinstance(index, faiss.IndexIVFScalarQuantizer)
-            and (index.d, index.sq.qtype, index.by_residual) == (self.dims, self.kind, False)
+            isinstance(index, faiss.IndexScalarQuantizer)
+            and (index.d, index.sq.qtype) == (self.dims, self.kind)
             and np.array_equal(faiss.vector_to_array(index.sq.trained), faiss.vector_to_array(self._quantiser.trained))
         )
 
@@ -102,17 +92,6 @@ class Codec:
             span = np.array([-self.step * _LEVELS / 2, self.step * _LEVELS], np.float32)  # from, and how far
             faiss.copy_array_to_vector(span, quantiser.trained)
 
-    @cached_property
-    def _rotation(self) -> Floats | None:
-        """(D, E), orthogonal columns, of a length that keeps squared lengths on average."""
-        if not self.step:
-            return None
-        drawn = np.random.Generator(np.random.PCG64(0)).standard_normal((self.width, self.width))
-        q, r = np.linalg.qr(drawn)
-        q *= np.sign(np.diag(r))  # the one whose r has a positive diagonal, whoever computes it
-        scaled: Floats = (q[:, : self.dims] * np.sqrt(self.width / self.dims)).astype(np.float32)
-        return scaled
-
 
 def flat_codes(index: Any) -> Codes:
     """Those of a ``Codec.flat`` (n, code_bytes), where they lie."""
@@ -129,8 +108,16 @@ def halves(width: int) -> Codec:
     return Codec(width, width, faiss.ScalarQuantizer.QT_fp16)
 
 
+def nibbles(axes: Floats) -> Codec:
+    """Four bits a number, of keys of length 1 along ``axes`` (D, E), orthogonal columns of length 1."""
+    width, dims = axes.shape
+    rotation = (axes @ _spread(dims)).astype(np.float32)
+    step = 2 * _RANGE / np.sqrt(dims) / _LEVELS
+    return Codec(width, dims, faiss.ScalarQuantizer.QT_4bit_uniform, step, rotation)
+
+
 @lru_cache
-def nibbles(width: int) -> Codec:
-    """Four bits a number, of eight ninths of the numbers of keys of length 1: 256 bytes of 576 numbers."""
-    dims = max(1, width * 8 // 9 // 8) * 8 if width >= 16 else width
-    return Codec(width, dims, faiss.ScalarQuantizer.QT_4bit_uniform, 2 * _RANGE / np.sqrt(dims) / _LEVELS)
+def _spread(dims: int) -> NDArray[np.float64]:
+    """(E, E), orthogonal, drawn at random, the same everywhere: codes on disk were made with it."""
+    q, r = np.linalg.qr(np.random.Generator(np.random.PCG64(0)).standard_normal((dims, dims)))
+    return np.asarray(q * np.sign(np.diag(r)))  # the one whose r has a positive diagonal, whoever computes it

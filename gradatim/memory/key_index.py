@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 
 from gradatim.errors import MemoryKeyError, StoreError
 from gradatim.memory.codec import Codec, Codes, Floats, flat_codes, halves
-from gradatim.memory.segments import Rows, Segment, built
+from gradatim.memory.segments import WHOLE_ROWS, Rows, Segment, built
 
 HOT_ROWS = 20_000  # rows searched exactly before they are sealed
-SCANNED_ROWS = 2_000  # of each segment, about, that a search looks at
 _TIES = 8  # rows looked for beyond K, so that of equally near ones the oldest are taken
 _FIRST_ROWS = 8  # that there is room for: most tenants and scopes have few
 _WORTH_COMPACTING = 1024  # rows that were removed
@@ -47,14 +46,15 @@ class Held:
 class KeyIndex:
     """Rows of keys, numbered from 0 in the order in which they came. All methods may be called from any thread.
 
-    ``codec`` is how keys are kept: in half precision if it is not given."""
+    ``codec`` is how keys are kept: in half precision if it is not given. ``whole_rows``: sealed parts of so many are
+    searched exactly too."""
 
     def __init__(
-        self, width: int, codec: Codec | None = None, *, hot_rows: int = HOT_ROWS, scanned_rows: int = SCANNED_ROWS
+        self, width: int, codec: Codec | None = None, *, hot_rows: int = HOT_ROWS, whole_rows: int = WHOLE_ROWS
     ):
         self.width = width
         self.codec = codec or halves(width)
-        self._hot_rows, self._scanned_rows = hot_rows, scanned_rows
+        self._hot_rows, self._whole_rows = hot_rows, whole_rows
         self._lock = threading.RLock()  # of everything below
         self._building = threading.RLock()  # what is in a segment changes by one thread at a time; taken first
         self._hot = self.codec.flat()  # the unsealed rows
@@ -151,7 +151,7 @@ class KeyIndex:
         """What an index held, into an empty one. StoreError where the parts do not fit; nothing has changed then."""
         at = 0
         for s in segments:
-            if s.start != at or not s.start <= s.end or len(s) > s.end - s.start or s.index.d != self.codec.dims:
+            if s.start != at or s.index.d != self.codec.dims:
                 raise StoreError(f"a segment of rows {s.start} to {s.end} does not fit what is before it")
             at = s.end
         if codes.shape[1:] != (self.codec.code_bytes,):
@@ -176,14 +176,12 @@ class KeyIndex:
         """An index of the same keys that never held what was removed; ``held`` is of this one, which stays ``still``.
         What this one is told in the meantime is not in it: see ``stands_for``. May take seconds."""
         at = np.concatenate([[0], np.cumsum(held.alive)])  # the new number of each row
-        out = KeyIndex(self.width, self.codec, hot_rows=self._hot_rows, scanned_rows=self._scanned_rows)
+        out = KeyIndex(self.width, self.codec, hot_rows=self._hot_rows, whole_rows=self._whole_rows)
         segments = []
         for segment in held.segments:
-            start, end = int(at[segment.start]), int(at[segment.end])
-            rows, codes = segment.held()
-            left = held.alive[rows]
-            if end > start:
-                segments.append(built(start, end, self.codec, codes[left], at[rows[left]]))
+            left = held.alive[segment.start : segment.end]
+            if left.any():
+                segments.append(self._built(int(at[segment.start]), segment.codes[left], left[left]))
         sealed = held.segments[-1].end if held.segments else 0
         spans = {name: [(int(at[a]), int(at[b])) for a, b in rows] for name, rows in held.spans.items()}
         out.fill(segments, held.codes[held.alive[sealed:]], spans)
@@ -284,7 +282,7 @@ class KeyIndex:
         had the rest is inf and -1. ``queries`` (B, D), finite."""
         seen, count = np.ascontiguousarray(self.codec.seen(queries), np.float32), k + _TIES
         with self._lock:
-            parts = [s.search(seen, count, self._scanned_rows) for s in self._segments]
+            parts = [s.search(seen, count) for s in self._segments]
             if self._hot.ntotal:
                 distances, rows = self._hot.search(seen, count)
                 parts.append((distances, np.where(rows < 0, rows, rows + self.sealed)))
@@ -304,24 +302,21 @@ class KeyIndex:
         are few. Searches and changes go on meanwhile."""
         with self._building:
             with self._lock:
-                sealed, end, kept = self.sealed, self._rows, list(self._segments)
-                alive, hot = self._alive[:end].copy(), self._hot_codes().copy()
-            start = sealed
-            merged = [(np.arange(sealed, end), hot)]
-            while kept and kept[-1].end - kept[-1].start <= end - start:
+                start, end, kept = self.sealed, self._rows, list(self._segments)
+                alive, merged = self._alive[:end].copy(), [self._hot_codes().copy()]
+            while kept and len(kept[-1]) <= end - start:
                 segment = kept.pop()
                 start = segment.start
-                merged.append(segment.held())
+                merged.append(segment.codes)
             if end == start:
                 return
-            rows, codes = (np.concatenate(x) for x in zip(*reversed(merged), strict=True))
-            del merged
-            if not alive[rows].all():
-                codes, rows = codes[alive[rows]], rows[alive[rows]]
-            segment = built(start, end, self.codec, codes, rows)
+            segment = self._built(start, np.concatenate(merged[::-1]), alive[start:])
             with self._lock:
-                segment.erase(rows[~self._alive[rows]])  # removed meanwhile
+                segment.erase((alive[start:] & ~self._alive[start:end]).nonzero()[0] + start)  # removed meanwhile
                 self._adopt((*kept, segment))
+
+    def _built(self, start: int, codes: Codes, alive: NDArray[np.bool_]) -> Segment:
+        return built(start, self.codec, codes, alive, whole_rows=self._whole_rows)
 
     def _adopt(self, segments: tuple[Segment, ...]) -> None:
         before, self._segments = self.sealed, segments

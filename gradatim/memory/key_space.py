@@ -24,6 +24,8 @@ from gradatim.errors import ForeignMemoryError, MemoryKeyError
 from gradatim.types import AdapterId, MemorySpace
 
 Floats = NDArray[np.float32]
+MOST_AXES = 512  # of token keys, however wide the states are: 256 bytes a token in four bits
+_LEAST_AXES = 16  # narrower keys keep all of theirs
 
 
 class Pooling(Protocol):
@@ -71,10 +73,12 @@ def sentence(encoder_sha256: str) -> Sentence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EachToken:
-    """The state of each token, standardised per dimension by that of public text."""
+    """The state of each token, standardised per dimension by that of public text. ``axes`` are for those who keep
+    fewer numbers of a key than it has."""
 
     mean: Floats  # (D,)
     scale: Floats  # (D,)
+    axes: Floats  # (D, E) orthogonal columns of length 1, along which the keys of public text vary most
 
     @property
     def width(self) -> int:
@@ -82,7 +86,7 @@ class EachToken:
 
     @property
     def rule(self) -> str:
-        statistics = hashlib.sha256(self.mean.tobytes() + self.scale.tobytes()).hexdigest()
+        statistics = hashlib.sha256(self.mean.tobytes() + self.scale.tobytes() + self.axes.tobytes()).hexdigest()
         return f"each token, standardised by {statistics}"
 
     def keys(self, states: Any) -> Floats:
@@ -95,9 +99,17 @@ class EachToken:
 
 
 def standardised_by(states: Any) -> EachToken:
-    """By states (n, D) of public text: a tenant's own would leave a trace that no deletion removes."""
+    """By states (n, D) of public text: a tenant's own would leave a trace that no deletion removes. ValueError where
+    they are too few to tell the axes."""
     x = np.asarray(states, dtype=np.float64)
-    return EachToken(x.mean(0).astype(np.float32), np.maximum(x.std(0, ddof=1), 1e-6).astype(np.float32))
+    mean, scale = x.mean(0).astype(np.float32), np.maximum(x.std(0, ddof=1), 1e-6).astype(np.float32)
+    width = x.shape[1]
+    dims = width if width <= _LEAST_AXES else min(width * 8 // 9 // 8 * 8, MOST_AXES)
+    if len(x) < dims:
+        raise ValueError(f"{len(x)} states are too few to find {dims} axes")
+    keys = EachToken(mean, scale, np.zeros((width, 0), np.float32)).keys(x)
+    axes = np.linalg.svd(keys, full_matrices=False)[2][:dims].T  # (D, E)
+    return EachToken(mean, scale, np.ascontiguousarray(axes, np.float16).astype(np.float32))  # as it is written
 
 
 BASE = AdapterId("")  # no adapter

@@ -114,21 +114,20 @@ class KnnLm:
     def _look(self, hidden: Tensor, logits: Tensor, stores: Sequence[TokenStore | None]) -> _Seen | None:
         """All that is known of the rows that are worth a search; None where none is."""
         p = logits.softmax(-1)  # (B, V)
-        likeliest = p.amax(-1)  # of which NaN is never less than anything
+        likeliest = _array(p.amax(-1))  # (B,) of which NaN is never less than anything
         unsure = (likeliest < self._sure).tolist()
         groups = _by_store([store if wanted else None for store, wanted in zip(stores, unsure, strict=True)])
         if not groups:
             return None
-        at = [row for _, rows in groups for row in rows]
+        at = np.array([row for _, rows in groups for row in rows])
         found = _joined([store.search(hidden[rows], self.k) for store, rows in groups])
         entries = np.array([len(store) for store, rows in groups for _ in rows])
         said = recalled(found, self._temperature)
-        log_top = likeliest[at].log()  # (n,)
-        total = logits.amax(-1)[at] - log_top  # (n,) the logarithm of the sum
-        known = torch.stack([total, total - _expected(p, logits, at), log_top]).float().cpu().numpy()  # (3, n)
-        tokens = torch.from_numpy(np.maximum(said.tokens, 0)).to(logits.device)
-        theirs = logits[torch.tensor(at, device=logits.device)[:, None], tokens].float().cpu().numpy()  # (n, K)
-        return _Seen(at, found, said, Own(known[1], known[2], theirs - known[0][:, None]), entries)
+        log_top = np.log(likeliest[at])  # (n,)
+        total = _array(logits.amax(-1))[at] - log_top  # (n,) the logarithm of the sum
+        theirs = _array(logits[torch.from_numpy(at)[:, None], torch.from_numpy(np.maximum(said.tokens, 0))])  # (n, K)
+        own = Own(total - _expected(p, logits, at), log_top, theirs - total[:, None])
+        return _Seen(at, found, said, own, entries)
 
     @torch.no_grad()
     def cases(self, hidden: Tensor, logits: Tensor, targets: Tensor, store: TokenStore) -> Cases:
@@ -137,7 +136,7 @@ class KnnLm:
         seen = self._look(hidden, logits, [store] * len(targets))
         if seen is None:
             return Cases(torch.zeros(0, FEATURES), torch.zeros(0), torch.zeros(0))
-        at, said = torch.tensor(seen.at), seen.said
+        at, said = torch.from_numpy(seen.at), seen.said
         came = targets.cpu()[at]
         model = logits[at.to(logits.device)].float().cpu().log_softmax(-1).gather(1, came[:, None])[:, 0]
         memory = torch.from_numpy((said.weights * (said.tokens == came.numpy()[:, None])).sum(1)).log()
@@ -148,7 +147,7 @@ class KnnLm:
 class _Seen:
     """n rows of a batch that were searched for."""
 
-    at: list[int]  # (n,) which ones
+    at: Rows  # (n,) which ones
     found: Neighbours
     said: Recalled
     own: Own
@@ -182,7 +181,15 @@ def _nats(lambdas: NDArray[np.float64], said: Recalled, own: Own) -> NDArray[np.
     return np.where(said.first & (lambdas > 0.0)[:, None], added, 0.0)
 
 
-def _expected(p: Tensor, logits: Tensor, at: Sequence[int]) -> Tensor:
+def _expected(p: Tensor, logits: Tensor, at: Rows) -> Floats:
     """(n,) sums of p times logits (B, V), where a token that cannot be said (-inf) counts for nothing."""
-    out = torch.stack([p[row].dot(logits[row]) for row in at])
-    return out if bool(out.isfinite().all()) else (p[at] * logits[at].clamp_min(_LEAST_LOGIT)).sum(1)
+    out = _array(torch.stack([p[row].dot(logits[row]) for row in at.tolist()]))
+    if np.isfinite(out).all():
+        return out
+    some = torch.from_numpy(at)
+    return _array((p[some] * logits[some].clamp_min(_LEAST_LOGIT)).sum(1))
+
+
+def _array(x: Tensor) -> Floats:
+    out: Floats = x.cpu().numpy()
+    return out

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -25,7 +26,7 @@ from gradatim.nn.render import Renderer
 from gradatim.nn.states import states
 
 log = logging.getLogger(__name__)
-_TEXTS, _TOKENS = 16, 64  # of each text: 1024 states, a few seconds of one core for the bundled model
+_TEXTS, _TOKENS = 32, 64  # of each text: 2048 states, some seconds of one core for the bundled model
 
 
 def public_space(base: Base, layer: int, folder: Path) -> KeySpace[EachToken]:
@@ -43,7 +44,8 @@ def public_space(base: Base, layer: int, folder: Path) -> KeySpace[EachToken]:
     made = KeySpace(base.sha256, tokenizer_sha256, (layer,), pooling)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        replace(path, save({"mean": pooling.mean, "scale": pooling.scale}, {"space": made.id}))
+        axes = np.asarray(pooling.axes, np.float16)
+        replace(path, save({"mean": pooling.mean, "scale": pooling.scale, "axes": axes}, {"space": made.id}))
     except OSError as e:
         log.warning("the key space is not kept, and is made anew at the next start: %s", e.strerror)
     return made
@@ -63,7 +65,8 @@ def _read(path: Path) -> tuple[EachToken, str] | None:
     try:
         with safe_open(path, framework="numpy") as file:
             said = (file.metadata() or {})["space"]
-            return EachToken(file.get_tensor("mean"), file.get_tensor("scale")), said
+            mean, scale, axes = (file.get_tensor(name).astype(np.float32) for name in ("mean", "scale", "axes"))
+            return EachToken(mean, scale, axes), said
     except (OSError, SafetensorError, KeyError) as e:
         log.warning("%s is damaged and made anew: %s", path, e)
         return None

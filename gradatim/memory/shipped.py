@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
@@ -18,7 +19,7 @@ from gradatim.memory.knn_gate import Gate
 from gradatim.memory.token_file import replace
 
 FILE = Path(__file__).with_name("smollm2.safetensors")
-_MEAN, _SCALE = "space.mean", "space.scale"
+_SPACE = ("space.mean", "space.scale", "space.axes")
 
 
 def shipped(
@@ -31,14 +32,15 @@ def shipped(
     if base_sha256 not in json.loads(header["bases"]) or layer != int(header["layer"]):
         return None
     gate = Gate()
-    pooling = EachToken(tensors.pop(_MEAN).numpy(), tensors.pop(_SCALE).numpy())
+    pooling = EachToken(*(tensors.pop(name).float().numpy() for name in _SPACE))
     gate.load_state_dict(tensors)
     return KeySpace(base_sha256, tokenizer_sha256, (layer,), pooling), gate.requires_grad_(False).eval()
 
 
 def write_shipped(path: Path, bases: Sequence[str], space: KeySpace[EachToken], gate: Gate) -> None:
     """``bases``: digests of that model, one for each type of its numbers."""
-    mean, scale = torch.from_numpy(space.pooling.mean), torch.from_numpy(space.pooling.scale)
-    tensors = {_MEAN: mean, _SCALE: scale, **gate.state_dict()}
+    pooling = space.pooling
+    of_space = (torch.from_numpy(x) for x in (pooling.mean, pooling.scale, pooling.axes.astype(np.float16)))
+    tensors = {**dict(zip(_SPACE, of_space, strict=True)), **gate.state_dict()}
     header = {"bases": json.dumps(sorted(bases)), "layer": str(space.layers[0])}
     replace(path, save({name: x.contiguous() for name, x in tensors.items()}, header))

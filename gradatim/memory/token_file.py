@@ -27,7 +27,7 @@ from gradatim.memory.key_space import EachToken, KeySpace, made_with
 from gradatim.memory.segments import Segment
 
 TRUTH_FILE = "tokens.safetensors"
-_FORMAT = "4"
+_FORMAT = "5"
 _UNSOUND = (OSError, SafetensorError, ValueError, KeyError, TypeError, IndexError)
 _Arrays = dict[str, NDArray[Any]]
 
@@ -50,15 +50,15 @@ def write(folder: Path, held: Snapshot) -> None:
         "codes": held.codes,
         "tokens": held.tokens,
         "spans": _table(held.sources),
-        "mean": space.pooling.mean,
-        "scale": space.pooling.scale,
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         named = [(s.start, s.end, _write_segment(folder, s)) for s in held.segments]
         header = {
             "format": _FORMAT,
-            "space": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers, space.adapter_sha256]),
+            "space": space.id,
+            "space_is": str(space),
+            "made_with": json.dumps([space.base_sha256, space.tokenizer_sha256, space.layers]),
             "sources": json.dumps(list(held.sources)),
             "segments": json.dumps(named),
         }
@@ -95,14 +95,14 @@ def read(folder: Path, space: KeySpace[EachToken], codec: Codec) -> Snapshot:
     path = folder / TRUTH_FILE
     try:
         arrays, header = _read(path)
-        base, tokenizer, layers, adapter = _space(header)
-        theirs = KeySpace(base, tokenizer, layers, EachToken(arrays["mean"], arrays["scale"]), adapter)
+        _made_with(header)
+        theirs, said = header["space"], header["space_is"]
         sources = _sources(json.loads(header["sources"]), arrays["spans"])
         named = [(int(a), int(b), str(digest)) for a, b, digest in json.loads(header["segments"])]
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
-    if theirs.id != space.id:
-        raise ForeignMemoryError(f"{path} was made in another key space: {theirs}, but this is {space}")
+    if theirs != space.id:
+        raise ForeignMemoryError(f"{path} was made in another key space: {said}, but this is {space}")
     found = tuple(Segment.read(a, b, codec, _segment_file(folder, digest), digest) for a, b, digest in named)
     return Snapshot(space, found, arrays["codes"], arrays["tokens"], sources)
 
@@ -127,17 +127,16 @@ def about(folder: Path) -> tuple[Mapping[str, str], frozenset[str]]:
     try:
         with safe_open(path, framework="numpy") as file:
             header = file.metadata() or {}
-        return made_with(*_space(header)[:3]), frozenset(json.loads(header["sources"]))
+        return _made_with(header), frozenset(json.loads(header["sources"]))
     except _UNSOUND as e:
         raise StoreError(f"{path} is no sound memory: {e}") from e
 
 
-def _space(header: Mapping[str, str]) -> tuple[str, str, tuple[int, ...], str]:
-    """Digests of the base model and the tokenizer, layers, and the digest of the weights."""
+def _made_with(header: Mapping[str, str]) -> Mapping[str, str]:
     if header["format"] != _FORMAT:
         raise ValueError(f"its format is {header['format']}, and this is {_FORMAT}")
-    base, tokenizer, layers, adapter = json.loads(header["space"])
-    return base, tokenizer, tuple(layers), adapter
+    base, tokenizer, layers = json.loads(header["made_with"])
+    return made_with(base, tokenizer, tuple(layers))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from gradatim.errors import MemoryKeyError, StoreError
 from gradatim.memory import token_file
-from gradatim.memory.codec import nibbles
+from gradatim.memory.codec import Codec, nibbles
 from gradatim.memory.key_index import HOT_ROWS, KeyIndex
 from gradatim.memory.key_space import EachToken, KeySpace
 
@@ -40,7 +41,7 @@ class TokenStore:
 
     def __init__(self, space: KeySpace[EachToken], vocabulary: int, *, hot_rows: int = HOT_ROWS) -> None:
         self.space, self.vocabulary = space, vocabulary
-        self._index = KeyIndex(space.pooling.width, nibbles(space.pooling.width), hot_rows=hot_rows)
+        self._index = KeyIndex(space.pooling.width, _codec(space.pooling), hot_rows=hot_rows)
         self._hot_rows = hot_rows
         self._lock = threading.RLock()
         self._tokens: NDArray[np.int32] = np.zeros(1024, np.int32)  # (capacity,)
@@ -160,3 +161,9 @@ class TokenStore:
             raise StoreError(f"{folder} is no sound memory: {len(held.tokens)} tokens for {store.index.rows} keys")
         store._say(range(len(held.tokens)), held.tokens)
         return store
+
+
+@lru_cache(maxsize=8)
+def _codec(pooling: EachToken) -> Codec:
+    """Shared by the stores of all tenants."""
+    return nibbles(pooling.axes)
