@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -59,6 +59,7 @@ from gradatim.types import (
     Reward,
     Stage,
     Step,
+    StepId,
     Update,
     Verdict,
 )
@@ -270,6 +271,7 @@ class Learner:
         parent: Adapter,
         step: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
         made = an_adapter(step, base_sha256="base", parent_id=parent.id, update_id=f"update-{step}")
         return an_update(step, parent.step, [e.id for e in examples]), made

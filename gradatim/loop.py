@@ -9,6 +9,7 @@ and started again. One candidate at a time is on its way up, or the learner woul
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,7 @@ JUDGED = "loop.judged"  # cursor: feedback up to here has been turned into rewar
 LEARNED = "loop.learned"  # cursor: examples up to here have been given to the learner
 SECOND_CHANCE_AMONG = 64  # updates of the live adapter; what was refused before them is not tried again
 FRESH = 8  # answers to users on which a candidate's distance from the live adapter is measured
+_SUPPLIED_NATS = math.log(10.0)
 WATCH = "watch"  # the actor of its moves
 SMALLEST_STEP = 0.25  # of a trained change: a smaller share of it is not worth a verdict
 
@@ -65,6 +67,11 @@ class Waiting:
     cursor: int
     examples: Sequence[Example]
     passed_over: int
+
+
+def _is_supplied(step: Step) -> bool:
+    """Whether the weights alone would have said it a tenth as often as they did with what a memory added."""
+    return bool(step.drawn_logprobs) and sum(step.drawn_logprobs) - sum(step.logprobs) > _SUPPLIED_NATS
 
 
 def _is_unknown(judgement: Sequence[Record]) -> bool:
@@ -193,7 +200,8 @@ class Loop:
         examples = [*(e for e in refused if e.step_id not in revised), *examples]
         replay = self.replay.draw(self.learning.replayed(len(examples)), exclude=frozenset(e.id for e in examples))
         traffic = self._traffic(but={e.step_id for e in examples})
-        update, adapter = self.learner.update(examples, replay, live, self._next_step(), traffic)
+        good = frozenset(s.id for s in traffic if self._is_good(s))
+        update, adapter = self.learner.update(examples, replay, live, self._next_step(), traffic, good)
         update = replace(update, metrics={**update.metrics, "passed_over": float(waiting.passed_over)})
         made: list[Record] = [update] if adapter is None else [update, adapter]
         self.store.append(*made, cursors={LEARNED: waiting.cursor})
@@ -201,15 +209,18 @@ class Loop:
 
     def _traffic(self, but: Set[StepId]) -> Sequence[Step]:
         """The newest answers to users, ``but`` those that are trained on now, which say nothing about what is not; and
-        without those known to be bad, which are to change. They are the live adapter's or, while it is young, those of
-        the ones that were live just before."""
+        without those known to be bad, which are to change, and those that a memory supplied, which adapters had yet to
+        learn. They are the live adapter's or, while it is young, those of the ones that were live just before."""
         newest = (s for _, s in self.store.newest(Step, limit=16 * FRESH) if s.id not in but)
         routed = (s for s in newest if s.stage == Stage.LIVE and s.adapter_id.rpartition("@")[0] == self.name)
         whole = (s for s in routed if s.trainable and s.finish_reason != "aborted" and s.completion_ids)
-        return list(islice((s for s in whole if not self._is_bad(s)), FRESH))
+        return list(islice((s for s in whole if not _is_supplied(s) and not self._is_bad(s)), FRESH))
 
     def _is_bad(self, step: Step) -> bool:
         return any(e.rejected_ids == step.completion_ids for _, e in self.store.newest(Example, step_id=step.id))
+
+    def _is_good(self, step: Step) -> bool:
+        return any(e.chosen_ids == step.completion_ids for _, e in self.store.newest(Example, step_id=step.id))
 
     def _second_chance(self, live: Adapter) -> Sequence[Example]:
         """What the gate refused last joins the next update once: a few examples more often do harm by themselves than

@@ -6,7 +6,7 @@ To bring your own, write a class with these methods (no base class is needed), c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -319,8 +319,10 @@ class Learner(Protocol):
         parent: Adapter,
         step: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
-        """A refused update comes back with its reason and no adapter. LearnerError where it broke."""
+        """``traffic`` are answers to users that it is not trained on; ``good`` those of them that were found good. A
+        refused update comes back with its reason and no adapter. LearnerError where it broke."""
 
     def shrink(self, update: Update, adapter: Adapter, parent: Adapter, step: int) -> tuple[Update, Adapter]:
         """Half of the change that ``update`` made of ``parent``, as another child of it. The record's ``scale`` says

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from gradatim.types import (
     Reward,
     Stage,
     Step,
+    StepId,
     Update,
     Verdict,
 )
@@ -40,6 +41,7 @@ class CountingLearner:
     calls: list[tuple[list[str], str, int]] = field(default_factory=list)
     refuses: bool = False
     traffic: list[list[str]] = field(default_factory=list)
+    good: list[Set[StepId]] = field(default_factory=list)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def update(
@@ -49,9 +51,11 @@ class CountingLearner:
         parent: Adapter,
         number: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
         self.calls.append(([e.id for e in examples], parent.id, number))
         self.traffic.append([s.id for s in traffic])
+        self.good.append(good)
         made = adapter(number, parent=parent.step)
         record = Update(
             id=f"u{number}",
@@ -177,14 +181,18 @@ def test_the_learner_is_shown_what_users_were_answered_last(store: Store) -> Non
     store.append(step("left", "x", adapter_id=AdapterId("agent@0"), finish_reason="aborted"))
     store.append(step("pinned", "x", adapter_id=AdapterId("agent@0"), stage="pinned"))
     store.append(step("foreign", "x", adapter_id=AdapterId("other@3")))
+    given = {"completion_ids": (7, 8), "logprobs": (-2.0, -1.0)}
+    store.append(step("supplied", "x", adapter_id=AdapterId("agent@0"), drawn_logprobs=(-0.1, -0.1), **given))
+    store.append(step("nudged", "x", adapter_id=AdapterId("agent@0"), drawn_logprobs=(-1.0, -1.0), **given))
     store.append(step("bad", "y", adapter_id=AdapterId("agent@0")), feedback("outcome", "y", value=-1.0))
     store.append(step("e-s0", "e", adapter_id=AdapterId("agent@0")), feedback("outcome", "e", value=1.0))
     loop.turn()
-    assert learner.traffic == [[f"t{k}" for k in range(11, 11 - FRESH, -1)]]
+    assert learner.traffic == [["nudged", *(f"t{k}" for k in range(11, 12 - FRESH, -1))]]
     store.append(step("young", "z", adapter_id=AdapterId("agent@1")))
     good_episode(store, "again")
     run(loop)
-    assert learner.traffic[-1] == ["young", "e-s0", *(f"t{k}" for k in range(11, 13 - FRESH, -1))]
+    assert learner.traffic[-1] == ["young", "e-s0", "nudged", *(f"t{k}" for k in range(11, 14 - FRESH, -1))]
+    assert learner.good == [set(), {"e-s0"}]
 
 
 def test_nothing_is_learned_without_feedback(store: Store) -> None:
@@ -501,9 +509,10 @@ class DamagedFiles(CountingLearner):
         parent: Adapter,
         number: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
         self._read(parent)
-        return super().update(examples, replay, parent, number, traffic)
+        return super().update(examples, replay, parent, number, traffic, good)
 
     def check(self, candidate: Adapter, live: Adapter, anchor: Adapter) -> Verdict:
         self._read(candidate)

@@ -327,7 +327,8 @@ def test_what_is_erased_from_a_rough_copy_is_in_no_code(codec: Codec, tmp_path: 
     lists = segment._rough
     assert lists is not None
     index.remove("n500")
-    codes, inverted = {}, lists._lists
+    codes: dict[int, bytes] = {}
+    inverted = lists._lists
     for which in range(lists._file.nlist):
         ids, size = lists._ids(which), inverted.block_size
         packed = faiss.rev_swig_ptr(inverted.get_codes(which), -(-len(ids) // 32) * size).reshape(-1, size)

@@ -71,6 +71,17 @@ def test_an_adapter_has_a_budget_for_its_life(tmp_path: Path) -> None:
     assert all(life <= 0.5 for life in lives[:-1]) and lives[-1] > 0.5
 
 
+def test_what_was_found_good_does_not_count_against_its_life(tmp_path: Path) -> None:
+    said = [records.step(f"s{n}", prompt_ids=e.prompt_ids, completion_ids=e.chosen_ids) for n, e in enumerate(2 * NEW)]
+    limits = {"kl_fresh_limit": 1e9, "kl_base_limit": -1e9}
+    for n, (good, refused) in enumerate((((), True), (said[:2], True), (said[:3], False), (said, False))):
+        subject = learner(tmp_path / str(n), **limits)
+        update, made = subject.update(NEW, [], base_adapter(), 1, said, {step.id for step in good})
+        assert (made is None) == refused
+        assert ("nobody found good" in update.refused_because) == refused
+        assert "kl_base" in update.metrics
+
+
 def test_what_cannot_be_scored_is_passed_over(tmp_path: Path) -> None:
     broken = [
         records.step("empty", completion_ids=()),

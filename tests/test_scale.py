@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from gradatim.reward import AuditedReward
 from gradatim.skills import PromptSkills
 from gradatim.store import SqlStore, open_store, rows
 from gradatim.testing.fakes import FakeEngine
-from gradatim.types import Adapter, AdapterId, CaseScore, Example, Message, Stage, Step, Update
+from gradatim.types import Adapter, AdapterId, CaseScore, Example, Message, Stage, Step, StepId, Update
 
 from .records import adapter, feedback, step
 
@@ -42,6 +42,7 @@ class Learner:
         parent: Adapter,
         number: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
         made = adapter(number, parent=parent.step)
         update = Update(

@@ -15,7 +15,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from gradatim.nn.base import Base
 from gradatim.nn.fisher import Fisher, gathering
 from gradatim.nn.lora import TMP_PREFIX, Lora, LoraWeights, blend, read_adapter, relative_norm
 from gradatim.nn.pack import Scored, drawn, packed_tokens, passes
-from gradatim.types import Adapter, Example, Step, Update
+from gradatim.types import Adapter, Example, Step, StepId, Update
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ class LoraLearner:
         parent: Adapter,
         step: int,
         traffic: Sequence[Step] = (),
+        good: Set[StepId] = frozenset(),
     ) -> tuple[Update, Adapter | None]:
         """Train a child of ``parent``. Refused where no example is usable, a number is not finite or torch gives up.
 
@@ -91,7 +92,7 @@ class LoraLearner:
             if not run.new:
                 reasons = "; ".join(sorted(set(run.left_out.values()))[:3]) or "none was given"
                 raise RefusedError(f"no usable example: {reasons}")
-            weights, beside, extra = self._train(run, parent, step, traffic)
+            weights, beside, extra = self._train(run, parent, step, traffic, good)
             adapter = self._save(weights, beside, parent, step, update_id)
         except GradatimError:
             raise  # of the parent or the disk: the same examples are worth another try
@@ -162,7 +163,7 @@ class LoraLearner:
     # ----------------------------------------------------------------------------------------- training
 
     def _train(
-        self, run: Run, parent: Adapter, step: int, traffic: Sequence[Step]
+        self, run: Run, parent: Adapter, step: int, traffic: Sequence[Step], good: Set[StepId]
     ) -> tuple[LoraWeights, Beside, dict[str, float]]:
         weights, beside = self._start(parent)
         self._objectives = Objectives(self._config)
@@ -171,7 +172,7 @@ class LoraLearner:
             optimizer = _optimizer(lora, beside.state)
             started_s = time.monotonic()
             first = lora.flat.detach().clone()
-            region = Region(self._trainable, traffic, self._config, self._phrases)
+            region = Region(self._trainable, traffic, good, self._config, self._phrases)
             batches = self._batches(run, seed=self._config.seed + 7919 * step)
             self._refer(run, [i for batch in batches[1:] for i in batch], but=batches[0])
             self._objectives.begin([*run.new, *run.replay], self._trainable.score)

@@ -6,6 +6,9 @@ arXiv:2509.04259), so there are two budgets, both in nats a token:
     of an update   KL(live || candidate) ~ mean(log live - log candidate). A change that is over it is shortened
     of a life      KL(candidate || frozen) ~ mean(log candidate - log frozen). Over it an update is refused
 
+The second counts for answers that nobody found good only: what an adapter was rightly taught and the frozen model did
+not know, a name say, lies as far from that one as it can be.
+
 The answers were drawn from the live adapter, or from one that was live shortly before it, and the candidate is a small
 step from it, so each mean is over nearly the right distribution; over some dozens of tokens it is good to a tenth of a
 nat or so. The same answers tell whether bad habits spread (``habits``). It knows no losses and no store.
@@ -13,7 +16,8 @@ nat or so. The same answers tell whether bad habits spread (``habits``). It know
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
 
 import torch
 from torch import Tensor
@@ -25,7 +29,7 @@ from gradatim.learner.run import Run
 from gradatim.learner.trainable import Trainable
 from gradatim.nn.lora import Lora
 from gradatim.nn.pack import Answer
-from gradatim.types import Step
+from gradatim.types import Step, StepId
 
 LEAST_ANSWERS = 4  # fewer say nothing about what users ask
 SHARES = (1.0, 0.5, 0.25)  # of an update's change that are tried: less of it is not worth a verdict
@@ -34,7 +38,9 @@ SHARES = (1.0, 0.5, 0.25)  # of an update's change that are tried: less of it is
 class Region:
     """Made while the parent is on the model; ``hold`` afterwards. With too few answers it holds nothing."""
 
-    def __init__(self, model: Trainable, traffic: Sequence[Step], config: LearnerConfig, phrases: Phrases) -> None:
+    def __init__(
+        self, model: Trainable, traffic: Sequence[Step], good: Set[StepId], config: LearnerConfig, phrases: Phrases
+    ) -> None:
         self._model = model
         self._config = config
         usable = [step for step in traffic if _usable(step, model.vocabulary, config)]
@@ -43,6 +49,10 @@ class Region:
         cuts = [cut(step.prompt_ids, len(step.completion_ids), config.max_length) for step in usable]
         self._answers = [Answer(prompt, step.completion_ids) for prompt, step in zip(cuts, usable, strict=True)]
         self._live = self._logprobs()  # (T,) of all tokens of all answers
+        unjudged = [step.id not in good for step in usable]
+        lengths = [len(step.completion_ids) for step in usable]
+        self._unjudged = torch.tensor(unjudged).repeat_interleave(torch.tensor(lengths)) if usable else torch.empty(0)
+        self._lives = sum(unjudged) >= LEAST_ANSWERS  # whether there are enough to hold it to the budget of a life
         self._habits = Habits(model, self._answers, phrases, config)
 
     def _logprobs(self) -> Tensor:
@@ -62,7 +72,8 @@ class Region:
             now = self._logprobs()
             drift, life = float((self._live - now).mean()), float((now - frozen).mean())
             run.figures |= {"kl_fresh": drift, "kl_base": life, "fresh_share": share}
-            why = self._over_budget(drift, life) or self._habits.spoiled(run)
+            strange = float((now - frozen)[self._unjudged].mean()) if self._lives else -math.inf
+            why = self._over_budget(drift, strange) or self._habits.spoiled(run)
             if not why:
                 break
         return why
@@ -72,8 +83,9 @@ class Region:
             return f"a quarter of the change still moves fresh answers by {drift:.2f} nats a token"
         if not life <= self._config.kl_base_limit:
             return (
-                f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers, and its budget "
-                f"is {self._config.kl_base_limit} (learner.kl_base_limit): go back to an earlier one, or raise it"
+                f"the adapter would be {life:.2f} nats a token from the frozen model on fresh answers that nobody "
+                f"found good, and its budget is {self._config.kl_base_limit} (learner.kl_base_limit): go back to an "
+                f"earlier one, or raise it"
             )
         return ""
 
