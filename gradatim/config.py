@@ -114,7 +114,7 @@ class LearnerConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     kl_replay_limit: float = 1.0  # nats a token from live on a batch's replayed answers: a step past it is taken back
     kl_fresh_limit: float = 0.3  # nats a token from live on the newest answers: a change past it is shortened
-    kl_base_limit: float = 4.0  # the same to the frozen model, on those nobody found good: its life's budget
+    kl_base_limit: float = 8.0  # the same to the frozen model, on those nobody found good: its life's budget
     length_limit: float = 1.5  # times as long as the parent's: an update that makes fresh answers longer is cut; 0: off
     habit_limit: float = 0.3  # rise of the chance that fresh answers repeat, refuse, flatter, or agree wrongly; 0: off
     ewc: float = 0.0  # share of the gradient that pulls back to the live adapter's weights (EWC) when an update ends
