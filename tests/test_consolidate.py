@@ -56,9 +56,15 @@ def store(tmp_path: Path) -> Iterator[SqlStore]:
 
 
 def remember(
-    memory: DecisionMemory, store: SqlStore, step: str, right: tuple[int, ...], at: int = 0, position: int = 1
+    memory: DecisionMemory,
+    store: SqlStore,
+    step: str,
+    right: tuple[int, ...],
+    at: int = 0,
+    position: int = 1,
+    worded: int | None = None,
 ) -> None:
-    """A correction of a step, whose key lies along one axis."""
+    """A correction of a step, whose key lies along one axis; in other words, between that and another."""
     adapter = records.adapter(1, 0)
     if store.step(id=StepId(step)) is None:
         store.append(records.step(step, episode=step))
@@ -75,7 +81,11 @@ def remember(
     )
     wrong = replace(blank, id=f"{step}-", tokens=(99,), value=-1.0)
     memory.write(blank.episode_id, [blank, wrong])
-    memory.put_key(StepId(step), memory.expect(AdapterId("agent@1"), adapter.sha256).id, key_of(ALONG[at]))
+    memory.put_key(
+        StepId(step),
+        memory.expect(AdapterId("agent@1"), adapter.sha256).id,
+        key_of(ALONG[at] + ALONG[at if worded is None else worded]),
+    )
 
 
 def opened(store: SqlStore) -> DecisionMemory:
@@ -92,7 +102,7 @@ def near(memory: DecisionMemory, step: int, at: int = 0) -> set[str]:
 def test_what_is_known_with_its_paraphrases_is_retired_under_these_weights_alone(store: SqlStore) -> None:
     memory, shelf = opened(store), SqlShelf(store.engines)
     remember(memory, store, "a", (1, 2))
-    remember(memory, store, "b", (1, 2))  # the same answer near there
+    remember(memory, store, "b", (1, 2), worded=5)  # the same answer near there
     remember(memory, store, "c", (3,), at=1)
     scorer = Knows(a1=("a", "c"))
     told = Consolidation(store, shelf, scorer, CONFIG, "agent").run()
@@ -163,7 +173,7 @@ def test_up_to_half_of_a_rehearsal_is_of_those_and_never_what_may_not_be_drawn()
         assert drawn[:2] == ["e5", "e6"] and len(set(drawn)) == 4 and "x" not in drawn
 
 
-async def test_what_is_retired_is_shown_no_more_and_keeps_others_out_of_the_prompt(
+async def test_what_is_retired_is_shown_no_more_at_its_place_and_keeps_others_out_of_the_prompt(
     tiny_model_dir: Path, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "LEDGER_S", 0.05)
@@ -185,7 +195,8 @@ async def test_what_is_retired_is_shown_no_more_and_keeps_others_out_of_the_prom
         known = await served.ask(return_token_ids=True)
         assert known["prompt_token_ids"] == own["prompt_token_ids"] and text(known) == text(own)
         elsewhere = await served.ask("and then?")
-        assert [e["entry"] for e in elsewhere["gradatim"]["memory"]["retrieved"]] == [f"{other['id']}+"]
+        both = {f"{own['id']}+", f"{other['id']}+"}  # there nobody looked what the weights know
+        assert {e["entry"] for e in elsewhere["gradatim"]["memory"]["retrieved"]} == both
 
 
 async def test_by_hand_beside_a_server_that_follows(
@@ -216,3 +227,21 @@ async def test_by_hand_beside_a_server_that_follows(
         assert text(await served.ask("and then?")) == "left"
         assert (await served.http.post("/v1/memory/compact", json={})).json() == {"spaces": 0, "keys": 0, "orphans": 0}
         assert (await asyncio.to_thread(consolidation, config, undo=True))["undone"] == 1
+
+
+def test_what_is_retired_still_speaks_in_other_words_and_twins_are_no_paraphrases(store: SqlStore) -> None:
+    """The weights were found to know it where it was said, and nobody looked elsewhere."""
+    memory, shelf = opened(store), SqlShelf(store.engines)
+    remember(memory, store, "a", (1, 2))
+    remember(memory, store, "twin", (1, 2))  # asked again, word for word
+    scorer = Knows(a1=("a",))
+    told = Consolidation(store, shelf, scorer, CONFIG, "agent").run()
+    assert {row["id"]: (row["paraphrases"], row["retired"]) for row in told["entries"]} == {
+        "a+": (0, True),
+        "twin+": (0, False),
+    }
+    memory.reread_retired()
+    assert near(memory, 1) == {"twin+", "twin-"}
+    space = memory.expect(AdapterId("agent@1"), records.adapter(1, 0).sha256)
+    found = memory.near(Whose(""), space, key_of(ALONG[0] + ALONG[5]), 0.5)
+    assert {e.id for e, _ in found.near} == {"a+", "a-", "twin+", "twin-"} and not found.known

@@ -3,7 +3,8 @@
 After a promotion every answer that counts as good is scored without memory, teacher-forced, under the adapter that is
 live: on its own prompt, and on the prompts of the nearest other steps where the same answer was right, which stand for
 paraphrases. What is known in all these places is entered into a ledger, under the digest of these weights; what was
-said against the answer that it replaced goes with it. Nothing is deleted. Other weights have no such rows, so after
+said against the answer that it replaced goes with it. It is silent at its own place from then on, and speaks elsewhere
+as before: what was not looked at, memory must not lack. Nothing is deleted. Other weights have no such rows, so after
 the next promotion or a rollback an entry counts again until it was looked at anew.
 
 It runs where the weights can be read: in the loop's process, or by hand. Knows nothing of requests.
@@ -22,7 +23,7 @@ from typing import Any
 
 from gradatim.config import MemoryConfig
 from gradatim.errors import AdapterError, GradatimError
-from gradatim.memory.contents import Contents
+from gradatim.memory.contents import SAME_PLACE, Contents
 from gradatim.memory.upkeep import read_into
 from gradatim.protocols import Scorer, Shelf, Store
 from gradatim.types import (
@@ -173,13 +174,13 @@ def _good(contents: Contents) -> list[MemoryEntry]:
 
 
 def _alike(entry: MemoryEntry, contents: Contents, space: str | None) -> list[StepId]:
-    """The nearest other steps of the tenant at which the same answer was judged good."""
+    """The nearest steps of the tenant, in other words, at which the same answer was judged good."""
     whose = contents.whose_is(entry)
     index = contents.indexes.get((whose, space or ""))
     if index is None or entry.step_id not in index:
         return []
     near = contents.near(whose, space or "", None, index.of(entry.step_id)[0], LIKE)
-    steps = [e.step_id for e, _ in near if e.value > 0.0 and e.tokens == entry.tokens and e.step_id != entry.step_id]
+    steps = [e.step_id for e, cosine in near if e.value > 0.0 and e.tokens == entry.tokens and cosine < SAME_PLACE]
     return list(dict.fromkeys(steps))[:PARAPHRASES]
 
 

@@ -27,6 +27,7 @@ from gradatim.types import (
 )
 
 Floats = NDArray[np.float32]
+SAME_PLACE = 0.98  # cosine from which on two steps were asked the same, and not the like in other words
 NEIGHBOURS = 64  # places whose judgements count: of thousands, many far ones would outweigh the few near ones
 
 

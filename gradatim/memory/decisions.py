@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 from gradatim.config import MemoryConfig
 from gradatim.errors import StoreError
 from gradatim.memory import upkeep
-from gradatim.memory.contents import Contents, Whose, covers
+from gradatim.memory.contents import SAME_PLACE, Contents, Whose, covers
 from gradatim.memory.key_space import Floats, KeySpace, Turn, check_space, made_with, to_bytes
 from gradatim.memory.notes import Notes
 from gradatim.memory.recall import Neighbourhood, Recall
@@ -106,14 +106,18 @@ class DecisionMemory:
             return self._spaces.expect(adapter_id, adapter_sha256, self._clock())
 
     def near(self, whose: Whose, space: KeySpace[Turn], key: Floats, floor: float) -> Neighbourhood:
-        """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history."""
+        """See ``recall.Source``. In the order of the entries' ids, so that sums do not depend on history. What is
+        retired is known at its own place; in other words nobody has looked, so there it counts as it did."""
         with self._lock:
             found = sorted(
                 self._all.near(whose, space.id, self._spaces.stand_in(space.id), key, floor),
                 key=lambda pair: pair[0].id,
             )
-            known = [pair for pair in found if self._all.is_known(pair[0], space.adapter_sha256)]
-            left = [pair for pair in found if not self._all.is_known(pair[0], space.adapter_sha256)]
+            is_known = [
+                cosine >= SAME_PLACE and self._all.is_known(entry, space.adapter_sha256) for entry, cosine in found
+            ]
+            known = [pair for pair, is_so in zip(found, is_known, strict=True) if is_so]
+            left = [pair for pair, is_so in zip(found, is_known, strict=True) if not is_so]
             return Neighbourhood(left, self._all.versions[whose.tenant], self._all.since(whose.tenant), known)
 
     def version(self, tenant: str) -> int:
