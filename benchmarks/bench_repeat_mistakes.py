@@ -7,11 +7,9 @@ greedy.
 
 Two servers in this process, engine and routes as ``gradatim serve`` builds them: one with decision memory, one with
 retrieval alone. On the first, the loop then learns and its gates decide, memory is consolidated, and all is asked
-again: of the live adapter with memory, and of the same adapter pinned, which answers without it. Then days go by
-(``--rounds``): what was corrected is asked again and gets a thumb, or its correction once more, and the loop learns and
-consolidates, what memory supplied included. ``agent@0``, pinned, is the frozen model. Repeated: wrong answers / tickets
-asked, of those that were wrong at first (same wording) or of all paraphrases. Unrelated: questions that have nothing to
-do with tickets, answered word for word as before.
+again: of the live adapter with memory, and of the same adapter pinned, which answers without it. ``agent@0``, pinned,
+is the frozen model. Repeated: wrong answers / tickets asked, of those that were wrong at first (same wording) or of all
+paraphrases. Unrelated: questions that have nothing to do with tickets, answered word for word as before.
 
 With ``--encoder`` the one with decision memory runs once more with keys of a sentence-transformers model
 (``memory.encoder``) in place of the model's own states. all-MiniLM-L6-v2 (Apache-2.0) comes as a folder of
@@ -185,7 +183,7 @@ def learn(at: Served, base: Base) -> tuple[str, Mapping[str, Any]]:
     return next(iter(at.store.stages(at.config.name, Stage.LIVE))), told
 
 
-async def with_memory(base: Base, learning: Base, data: Path, of: World, encoder: str = "", rounds: int = 0) -> Shares:
+async def with_memory(base: Base, learning: Base, data: Path, of: World, encoder: str = "") -> Shares:
     """Frozen, memory, LoRA, and memory then LoRA."""
     async with served(base, data, MemoryConfig(decisions=True, consolidate=True, encoder=encoder)) as at:
         await at.unrelated()
@@ -207,34 +205,7 @@ async def with_memory(base: Base, learning: Base, data: Path, of: World, encoder
             out[f"{arm} paraphrase"] = await repeated(at, of.paraphrases, of, model)
         after = await at.unrelated(live)
         out["LoRA unrelated"] = float(np.mean([a == b for a, b in zip(before, after, strict=True)]))
-        return out | (await days(at, learning, of, wrong, rounds) if rounds else {})
-
-
-async def days(at: Served, learning: Base, of: World, wrong: Sequence[Ticket], rounds: int) -> Shares:
-    """What the weights know by themselves after so many rounds of the same traffic, and what memory was relieved of."""
-    retired = 0.0
-    for day in range(rounds):
-        for ticket in of.corrected:
-            answer = await at.ask(ticket.text)
-            right = said(answer) == of.right(ticket)
-            opinion = {"kind": "score", "value": 1} if right else {"kind": "correction", "correction": of.right(ticket)}
-            body = {"response_id": answer["id"], "source": "human:b", **opinion}
-            (await at.http.post("/v1/feedback", json=body)).raise_for_status()
-        await asyncio.sleep(SETTLE_S)
-        live, told = await asyncio.to_thread(learn, at, learning)
-        retired += told["retired"]
-        await at.traffic.refresh()
-        await at.tended()
-        at.memory.kept.reread_retired()
-        alone = await repeated(at, wrong, of, live)
-        print(
-            f"day {day + 1}: {live}, {alone:.2f} of the mistakes without memory, {told['retired']} retired", flush=True
-        )
-    out = {"updates live in the end": float(live.rpartition("@")[2]), "retired in all": retired}
-    for arm, model in (("LoRA", live), ("memory then LoRA", "agent")):
-        out[f"{arm} same, in the end"] = await repeated(at, wrong, of, model)
-        out[f"{arm} paraphrase, in the end"] = await repeated(at, of.paraphrases, of, model)
-    return out
+        return out
 
 
 async def with_retrieval(base: Base, data: Path, of: World) -> Shares:
@@ -247,10 +218,10 @@ async def with_retrieval(base: Base, data: Path, of: World) -> Shares:
         return out
 
 
-async def run(base: Base, learning: Base, folder: Path, seed: int, each: int, encoder: str, rounds: int) -> Shares:
+async def run(base: Base, learning: Base, folder: Path, seed: int, each: int, encoder: str) -> Shares:
     of = world(seed, each)
     out = await with_retrieval(base, folder / f"retrieval-{seed}", of)
-    out |= await with_memory(base, learning, folder / f"memory-{seed}", of, rounds=rounds)
+    out |= await with_memory(base, learning, folder / f"memory-{seed}", of)
     if encoder:
         told = await with_memory(base, learning, folder / f"encoder-{seed}", of, encoder)
         out |= {BY_ENCODER + what: share for what, share in told.items()}
@@ -271,7 +242,6 @@ def goals_of(mean: Shares, by: str) -> list[harness.Goal]:
 def main() -> None:
     parser = harness.options(__doc__)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=8, help="of further traffic, each with an update or more")
     parser.add_argument("--encoder", default="", help="a sentence-transformers model, beside the model's own states")
     parser.add_argument("--data-dir", type=Path, help="where a converted model lies, to be used again")
     args: argparse.Namespace = parser.parse_args()
@@ -283,8 +253,7 @@ def main() -> None:
         runs: list[Shares] = []
         for seed in range(1 if args.quick else args.seeds):
             began = time.process_time()
-            each, rounds = (1, 1) if args.quick else (3, args.rounds)
-            runs.append(asyncio.run(run(base, learning, folder, seed, each, args.encoder, rounds)))
+            runs.append(asyncio.run(run(base, learning, folder, seed, 1 if args.quick else 3, args.encoder)))
             runs[-1]["cpu s"] = time.process_time() - began
             print(seed, {k: round(v, 3) for k, v in runs[-1].items()}, flush=True)
     mean = {key: float(np.mean([r[key] for r in runs])) for key in runs[0]}
@@ -299,11 +268,6 @@ def main() -> None:
         harness.Goal("unrelated answers unchanged, retrieval", mean["retrieval unrelated"]),
         harness.Goal("unrelated answers unchanged, LoRA", mean["LoRA unrelated"]),
         harness.Goal("share of remembered answers retired", mean["retired"]),
-        *(
-            harness.Goal(name, value)
-            for name, value in mean.items()
-            if name.endswith((", in the end", "retired in all"))
-        ),
     ]
     details = {"runs": runs, "seeds": len(runs), "model": "smollm2 bfloat16"}
     harness.report("bench_repeat_mistakes", goals, details, args)

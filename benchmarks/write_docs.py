@@ -151,6 +151,21 @@ def remembered(result: Mapping[str, Any]) -> str:
     )
 
 
+def consolidated(result: Mapping[str, Any]) -> str:
+    """What the weights know of it after days of such traffic, as one point of a list."""
+    found = {g["goal"]: g["value"] for g in result["goals"]}
+    nights = result["details"]["weights alone, by day"]
+    alone = "same wording, weights alone, "
+    at_first, in_the_end = found[f"{alone}after the first night"], found[f"{alone}in the end"]
+    return (
+        f"- What memory supplies, the weights learn: after {len(nights[0])} days of such traffic ({len(nights)} seeds) "
+        f"they repeat {in_the_end:.2f} of those mistakes without memory ({at_first:.2f} after the first update, 1 "
+        f"frozen), and {found['answers retired in the last night']:.0f} remembered answers are retired. With memory "
+        f"{found['same wording, with memory, in the end']:.2f} are repeated, in other words "
+        f"{found['paraphrase, with memory, in the end']:.2f}."
+    )
+
+
 def between(page: str, name: str, content: str) -> str:
     """The page with that content between its two markers."""
     before, _, rest = page.partition(f"<!-- {name} -->\n")
@@ -176,7 +191,8 @@ def main() -> None:
     page = between(page, "seeds", seeds(last("bench_demo")))
     page = between(page, "forgetting", forgetting(last("bench_forgetting")))
     page = between(page, "hostile", hostile(last("bench_poison")))
-    page = between(page, "memory", remembered(last("bench_repeat_mistakes")))
+    memory = (remembered(last("bench_repeat_mistakes")), consolidated(last("bench_consolidation")))
+    page = between(page, "memory", "\n".join(memory))
     page = between(page, "step", training_step(last("bench_dpo_step")))
     readme.write_text(between(page, "beside", beside_learning(last("bench_updates"))))
 
