@@ -137,10 +137,9 @@ class _Rough:
 
     @property
     def size_bytes(self) -> int:
-        places = sum(-(-len(self._ids(i)) // 32) * 32 for i in range(self._file.nlist))
-        return (
-            places * int(self._file.code_size) + 8 * int(self._file.ntotal) + 4 * int(self._file.nlist * self._file.d)
-        )
+        file, per_block = self._file, int(self._lists.n_per_block)
+        blocks = sum(-(-len(self._ids(which)) // per_block) for which in range(file.nlist))
+        return blocks * int(self._lists.block_size) + 8 * int(file.ntotal) + 4 * int(file.nlist * file.d)
 
     def options(self, count: int) -> Any:
         """For a search of so many."""
